@@ -1,0 +1,151 @@
+"""Which samples an optimizer step sees: a function of (seed, epoch, position), of nothing else.
+
+The order does not know the world size, the number of workers or where a run was resumed. Position is
+counted in steps inside an epoch; nothing before it is read or decoded.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from xtuner_lite.registry import SAMPLERS
+
+
+class Sampler(Protocol):
+    """What a registered sampler must offer. Plain state-free objects: order(epoch) is all."""
+
+    num_samples: int
+
+    def order(self, epoch: int) -> np.ndarray:
+        """int64 [num_samples]: the dataset indices of ``epoch`` (0-based), in reading order."""
+        ...
+
+
+@SAMPLERS.register_module(name=["EpochSampler", "DefaultSampler"])
+class EpochSampler:
+    """Every sample once per epoch, shuffled by (seed, epoch).
+
+    Args:
+        num_samples: length of the dataset (the Runner fills it in).
+        shuffle: False keeps the dataset's own order in every epoch.
+        seed: base of the shuffle; None takes the run's seed (the Runner fills it in).
+    """
+
+    def __init__(self, num_samples: int, *, shuffle: bool = True, seed: int | None = None) -> None:
+        if num_samples < 1:
+            raise ValueError(
+                f"EpochSampler got a data set of {num_samples} samples; at least 1 is needed. "
+                "Look at the data report above: it says why each row was skipped."
+            )
+        self.num_samples = num_samples
+        self.shuffle = shuffle
+        self.seed = 0 if seed is None else seed
+
+    def order(self, epoch: int) -> np.ndarray:
+        """int64 [num_samples]: a permutation that depends on (seed, epoch) only."""
+        if not self.shuffle:
+            return np.arange(self.num_samples, dtype=np.int64)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+
+
+class Ticket(NamedTuple):
+    """One sample to read. ``real`` is False for a filler: read, but nothing in it is learnt.
+
+    A filler keeps a rank without a sample of its own in step with the others in the last, short
+    group of an epoch.
+    """
+
+    epoch: int
+    index: int
+    real: bool = True
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How the samples of an epoch fall into optimizer steps, micro-batches and ranks.
+
+    Step s of an epoch takes samples [s * group_size, (s + 1) * group_size) of the epoch's order; the
+    last one may be short. The samples of a step are the same for every world size.
+    """
+
+    sampler: Sampler
+    batch_size: int  # samples in one micro-batch of one rank
+    accumulative_counts: int  # micro-batches in one step
+    rank: int = 0
+    world_size: int = 1
+    drop_last: bool = False
+
+    @property
+    def group_size(self) -> int:
+        """Samples in one full optimizer step, over all ranks."""
+        return self.batch_size * self.accumulative_counts * self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch."""
+        full, rest = divmod(self.sampler.num_samples, self.group_size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+    def samples_of_step(self, step: int) -> tuple[int, np.ndarray]:
+        """(epoch, int64 [<= group_size]): the dataset indices of ``step`` (0-based), over all ranks."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        begin = step_in_epoch * self.group_size
+        return epoch, self._order(epoch)[begin : begin + self.group_size]
+
+    def micro_batches(self, step: int) -> list[list[Ticket]]:
+        """The micro-batches of ``step`` on this rank; every rank gets the same number of them."""
+        epoch, group = self.samples_of_step(step)
+        per_micro = self.batch_size * self.world_size
+        micro_batches = []
+        for begin in range(0, len(group), per_micro):
+            share = group[begin : begin + per_micro]
+            mine = share[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+            tickets = [Ticket(epoch, int(index)) for index in mine]
+            micro_batches.append(tickets or [Ticket(epoch, int(share[0]), real=False)])
+        return micro_batches
+
+    def _order(self, epoch: int) -> np.ndarray:
+        cached = self.__dict__.get("_cached")
+        if cached is None or cached[0] != epoch:
+            cached = (epoch, self.sampler.order(epoch))
+            object.__setattr__(self, "_cached", cached)
+        return cached[1]
+
+
+class MicroBatchStream:
+    """The micro-batches of steps [start, stop), as lists of tickets: a torch ``batch_sampler``."""
+
+    def __init__(self, plan: StepPlan, start: int, stop: int) -> None:
+        self.plan, self.start, self.stop = plan, start, stop
+
+    def __iter__(self) -> Iterator[list[Ticket]]:
+        for step in range(self.start, self.stop):
+            yield from self.plan.micro_batches(step)
+
+
+@contextmanager
+def isolated_random_state(*key: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators with ``key``, and put them back afterwards.
+
+    So whatever randomness a dataset uses, it depends on (seed, epoch, index), and reading data never
+    moves the generators that dropout draws from.
+    """
+    import torch
+
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
