@@ -1,7 +1,7 @@
 """Finds what registries hold by reading source files, never by importing them.
 
-``@HOOKS.register_module()`` above a class is all the registration there is. The index built here maps
-each registered name to its module, so that a lookup imports one module and a listing imports none.
+``@HOOKS.register_module()`` above a class is all the registration there is. The index built here
+maps each registered name to its module, so that a lookup imports one module and a listing none.
 """
 
 from __future__ import annotations
@@ -11,8 +11,13 @@ import importlib.machinery
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
+
+#: Module name -> file of the plug-ins given by path (see xtuner_lite.plugins).
+PLUGIN_FILES: dict[str, Path] = {}
+#: Module name -> registrations of the declared plug-ins, in the order they were declared.
+PLUGIN_ENTRIES: dict[str, tuple[tuple[str, Entry], ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ def find_module_file(module: str) -> tuple[Path | None, list[str]]:
     Returns:
         (source file or None, folders of its submodules): (None, []) when there is no such module.
     """
+    if module in PLUGIN_FILES:
+        return PLUGIN_FILES[module], []
     parts = module.split(".")
     try:
         spec = importlib.util.find_spec(parts[0])
@@ -69,7 +76,7 @@ def walk_modules(root: str) -> Iterator[tuple[str, Path]]:
             yield ".".join([root, *names]), path
 
 
-@lru_cache(maxsize=None)
+@cache
 def index_package(root: str) -> tuple[tuple[str, Entry], ...]:
     """(registry variable, entry) of every registration under a module or package, in file order."""
     found = []
@@ -78,6 +85,12 @@ def index_package(root: str) -> tuple[tuple[str, Entry], ...]:
         if "register_module" in text:
             found.extend(index_source(text, module, str(path)))
     return tuple(found)
+
+
+def index_plugins() -> Iterator[tuple[str, Entry]]:
+    """(registry variable, entry) of every registration in the declared plug-ins."""
+    for entries in PLUGIN_ENTRIES.values():
+        yield from entries
 
 
 def index_source(text: str, module: str, file: str) -> list[tuple[str, Entry]]:

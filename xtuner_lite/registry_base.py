@@ -8,13 +8,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from importlib import import_module
+from itertools import chain
 from typing import Any
 
 from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.registry import Registry as MMRegistry
 from mmengine.utils import ManagerMixin
 
-from xtuner_lite.discovery import Entry, first_line, index_package, public_names
+from xtuner_lite.discovery import Entry, first_line, index_package, index_plugins, public_names
+from xtuner_lite.plugins import import_declared
 from xtuner_lite.suggestions import did_you_mean
 
 PACKAGE = "xtuner_lite"
@@ -23,8 +25,8 @@ PACKAGE = "xtuner_lite"
 class Registry(MMRegistry):
     """A registry whose parts are found by reading source, looked up the same in every scope.
 
-    Unlike mmengine's, a lookup never depends on ``DefaultScope``, never imports more than the module
-    that holds the name, and never lets two parts share a name.
+    Unlike mmengine's, a lookup never depends on ``DefaultScope``, never imports more than the one
+    module that holds the name, and never lets two parts share a name.
 
     Args:
         plural: name on the command line ('hooks') and, in capitals, the variable that holds it.
@@ -51,13 +53,14 @@ class Registry(MMRegistry):
     # ---------------------------------------------------------------- what is known, unimported
 
     def own_entries(self) -> dict[str, Entry]:
-        """name -> entry of the parts in this package.
+        """name -> entry of the parts in this package and in the declared plug-ins.
 
         Raises:
-            KeyError: two parts of the package share a name.
+            KeyError: two parts share a name.
         """
+        registrations = chain(index_package(PACKAGE), index_plugins())
         return self._unique(
-            entry for variable, entry in index_package(PACKAGE) if variable == self.plural.upper()
+            entry for variable, entry in registrations if variable == self.plural.upper()
         )
 
     def stock_entries(self) -> dict[str, Entry]:
@@ -99,8 +102,8 @@ class Registry(MMRegistry):
 
     def _duplicate(self, name: str, first: str, second: str) -> str:
         return (
-            f"{self.name} {name!r} is registered twice: at {first} and at {second}; every name of a "
-            f"registry is used once. Rename one of them: "
+            f"{self.name} {name!r} is registered twice: at {first} and at {second}; a name is "
+            f"used once in a registry. Rename one of them: "
             f'@{self.plural.upper()}.register_module(name="...")'
         )
 
@@ -121,7 +124,7 @@ class Registry(MMRegistry):
         if "." in key:
             return self._import_path(key)
         if key not in self._module_dict and key in self.own_entries():
-            import_module(self.own_entries()[key].module)
+            import_declared(self.own_entries()[key].module)
         if key in self._module_dict:
             return self._module_dict[key]
         entry = self.stock_entries().get(key)
@@ -159,7 +162,7 @@ class Registry(MMRegistry):
                 found = getattr(found, part)
             return found
         raise KeyError(
-            f"unknown {self.name} {path!r}: there is no module {parts[0]!r}; give a registered name "
+            f"unknown {self.name} {path!r}: there is no module {parts[0]!r}; give a name "
             f"(see: xtuner-lite list {self.plural}) or the path of something that can be imported"
         )
 
