@@ -1,12 +1,12 @@
-"""Tiny offline stand-ins for tests: a ChatML tokenizer trained on a few sentences."""
+"""Tiny offline stand-ins for tests: a ChatML tokenizer trained on a few sentences, a 2-layer Llama."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -57,3 +57,51 @@ def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
     )
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def tiny_llama(
+    *,
+    vocab_size: int = 384,
+    hidden_size: int = 32,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    tie_word_embeddings: bool = True,
+    attn: str = "packed_sdpa",
+    seed: int = 0,
+    **config: Any,
+) -> LlamaForCausalLM:
+    """A random fp32 Llama (2 layers, 32 wide) whose weights depend on ``seed`` alone.
+
+    Its vocabulary covers tiny_tokenizer(). ``config`` goes to LlamaConfig. The weights are drawn
+    ten times wider than usual, so that logits differ visibly between tokens and contexts.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import xtuner_lite.models.attention  # noqa: F401  (registers "packed_sdpa")
+
+    config = {
+        "initializer_range": 0.2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        **config,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocab_size,
+                hidden_size=hidden_size,
+                intermediate_size=2 * hidden_size,
+                num_hidden_layers=num_layers,
+                num_attention_heads=num_heads,
+                num_key_value_heads=num_kv_heads,
+                tie_word_embeddings=tie_word_embeddings,
+                attn_implementation=attn,
+                **config,
+            )
+        )
+    return model.train()

@@ -1,0 +1,170 @@
+"""What every training method is: a module that turns a batch into a sum of losses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from xtuner_lite.models.adapters import add_adapter
+from xtuner_lite.models.packed_forward import unwrap_adapter
+from xtuner_lite.models.weights import (
+    load_adapter_weights,
+    load_model_weights,
+    save_adapter,
+    save_model,
+)
+from xtuner_lite.registry import MODELS
+from xtuner_lite.structures import Batch, LossOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PREFIX = "llm."
+
+
+class TrainingMethod(nn.Module, ABC):
+    """A language model with a loss: the base of every training method.
+
+    A subclass defines ``count_units`` and ``forward``; the loop divides the sum that ``forward``
+    returns by the units of the whole optimizer step, over all micro-batches and ranks.
+
+    Args:
+        llm: a transformers causal language model, or the config of one,
+            ``dict(type=load_causal_lm, path=...)``.
+        tokenizer: the tokenizer of the run (injected by the Runner). Its stop tokens become the
+            ``eos_token_id`` of the saved generation config.
+        lora: a peft config, an object or ``dict(type=LoraConfig, ...)``, of any adapter type;
+            None trains the model itself.
+        activation_checkpointing: recompute each layer's activations in the backward pass instead
+            of keeping them: less memory, about a third more time. Default False.
+
+    Raises:
+        TypeError: ``llm`` is neither a module nor a config.
+        ValueError: the tokenizer has more tokens than the model has embeddings, or the base is
+            quantised and ``lora`` is None.
+    """
+
+    llm: nn.Module
+    """A transformers PreTrainedModel, or a PeftModel around one."""
+
+    def __init__(
+        self,
+        llm: nn.Module | dict[str, Any],
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        lora: Any | None = None,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        model = build_llm(llm)
+        if tokenizer is not None:
+            check_vocabulary(model, tokenizer)
+            set_stop_tokens(model, tokenizer)
+        self.tokenizer = tokenizer
+        if lora is not None:
+            model = add_adapter(model, lora)
+        elif getattr(unwrap_adapter(model), "is_quantized", False) and model is unwrap_adapter(
+            model
+        ):
+            raise ValueError(
+                "the base model is quantised and lora is None; quantised weights cannot be trained: "
+                "add lora=dict(type=LoraConfig, ...), or load the model without quantization"
+            )
+        self.llm = model
+        if activation_checkpointing:
+            base = unwrap_adapter(model)
+            base.activation_checkpointing_enable({"use_reentrant": False})
+            # Non-reentrant checkpoints need no gradient at the input; it would only cost time.
+            base.disable_input_require_grads()
+        self.activation_checkpointing = activation_checkpointing
+        self.train()
+
+    @abstractmethod
+    def count_units(self, batch: Batch) -> float:
+        """Units the loss of this batch is summed over. Called on the CPU, before ``forward``."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> LossOutput:
+        """Loss of one micro-batch, summed over its units."""
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """name -> parameter, of all that this method trains."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained instead of the model itself."""
+        return unwrap_adapter(self.llm) is not self.llm
+
+    def save_pretrained(
+        self, folder: str | Path, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """Writes the trained weights in Hugging Face form, safetensors only.
+
+        With an adapter: adapter_model.safetensors and adapter_config.json, which
+        ``PeftModel.from_pretrained`` opens; else model.safetensors (or shards of 5 GB), config.json
+        and generation_config.json, which ``AutoModelForCausalLM.from_pretrained`` opens.
+
+        Args:
+            folder: made when absent.
+            state_dict: full tensors by the names of ``self.state_dict()``, for a strategy that
+                keeps them sharded; None takes them from the module.
+        """
+        if state_dict is not None:
+            state_dict = {
+                name.removeprefix(_PREFIX): tensor
+                for name, tensor in state_dict.items()
+                if name.startswith(_PREFIX)
+            }
+        save = save_adapter if self.has_adapter else save_model
+        save(self.llm, Path(folder), state_dict)
+
+    def load_pretrained(self, folder: str | Path) -> None:
+        """Takes the weights (nothing else) of an HF adapter or model folder, or of a checkpoint.
+
+        Raises:
+            FileNotFoundError: the folder holds no such weights.
+            ValueError: they do not fit: missing, unexpected or differently shaped tensors.
+        """
+        load = load_adapter_weights if self.has_adapter else load_model_weights
+        load(self.llm, Path(folder))
+
+
+def build_llm(llm: nn.Module | dict[str, Any]) -> PreTrainedModel:
+    """The model itself, or the one its config describes."""
+    if isinstance(llm, nn.Module):
+        return llm
+    if isinstance(llm, dict) and "type" in llm:
+        return MODELS.build(llm)
+    raise TypeError(
+        f"llm is {llm!r}; it must be a transformers model or a config with a type; write "
+        "llm=dict(type=load_causal_lm, path=...)"
+    )
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError when the tokenizer can produce an id that has no embedding."""
+    embeddings = unwrap_adapter(model).get_input_embeddings()
+    rows = embeddings.num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} embeddings; they do not "
+            "belong together: load both from the same path"
+        )
+
+
+def set_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes the model's generation config stop where the tokenizer's chat template says."""
+    from xtuner_lite.templates import stop_token_ids
+
+    config = getattr(unwrap_adapter(model), "generation_config", None)
+    if config is None:
+        return
+    stops = stop_token_ids(tokenizer)
+    if stops:
+        config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    if config.pad_token_id is None and tokenizer.pad_token_id is not None:
+        config.pad_token_id = tokenizer.pad_token_id

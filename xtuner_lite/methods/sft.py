@@ -1,0 +1,136 @@
+"""Supervised fine-tuning: learn to say the supervised tokens of each sample."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from xtuner_lite.methods.base import TrainingMethod
+from xtuner_lite.methods.functional import (
+    chunked_head_loss,
+    count_target_tokens,
+    drop_unsupervised_segments,
+    find_targets,
+    token_cross_entropy,
+)
+from xtuner_lite.methods.self_check import check_packed_forward
+from xtuner_lite.models.adapters import without_input_casts
+from xtuner_lite.models.packed_forward import (
+    language_model_head,
+    model_logits,
+    packed_hidden_states,
+    takes_segments,
+)
+from xtuner_lite.registry import MODELS
+from xtuner_lite.structures import Batch, LossOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@MODELS.register_module()
+class SupervisedFinetune(TrainingMethod):
+    """Next-token cross entropy on supervised tokens, for full and adapter fine-tuning.
+
+    The language model head runs on supervised positions only, in chunks; packed samples never see
+    each other; segments that teach nothing (padding) are not computed. Another loss is a subclass
+    that overrides ``token_loss``.
+
+    Args:
+        llm: a transformers causal language model or ``dict(type=load_causal_lm, path=...)``.
+        tokenizer: the tokenizer of the run (injected by the Runner).
+        lora: a peft config of any adapter type; None trains the model itself.
+        activation_checkpointing: keep no activations inside layers, recompute them in backward.
+        head: 'chunked' runs the head on chunks of supervised positions; 'model' goes through the
+            model's own forward, for architectures whose head does something of its own.
+        head_chunk_tokens: supervised tokens per chunk of the head. Default 512: measured fastest
+            on CPU, and 100 MB of fp32 logits at a vocabulary of 49,152.
+        self_check: before the first training step, compare this way of computing logits with the
+            model's own forward on two short samples. Default True; costs two tiny forward passes.
+
+    Raises:
+        ValueError: ``head`` is neither of the two, and those of TrainingMethod.
+    """
+
+    def __init__(
+        self,
+        llm: nn.Module | dict[str, Any],
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        lora: Any | None = None,
+        activation_checkpointing: bool = False,
+        head: Literal["chunked", "model"] = "chunked",
+        head_chunk_tokens: int = 512,
+        self_check: bool = True,
+    ) -> None:
+        super().__init__(
+            llm, tokenizer=tokenizer, lora=lora, activation_checkpointing=activation_checkpointing
+        )
+        if head not in ("chunked", "model"):
+            raise ValueError(f"head is {head!r}; allowed: 'chunked', 'model'")
+        if head_chunk_tokens < 1:
+            raise ValueError(
+                f"head_chunk_tokens is {head_chunk_tokens}; it must be at least 1 token"
+            )
+        self.head = head
+        self.head_chunk_tokens = head_chunk_tokens
+        self._wants_self_check = self_check
+
+    def token_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each token, float32 [N], in nats; override for another loss.
+
+        Args:
+            logits: float32 [N, V].
+            targets: int64 [N].
+        """
+        return token_cross_entropy(logits, targets)
+
+    def count_units(self, batch: Batch) -> float:
+        """Supervised target tokens of the batch, each counted by its loss weight."""
+        return count_target_tokens(batch)
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """Token losses of one micro-batch, summed over its supervised targets.
+
+        A micro-batch without any target gives loss 0 and zero gradients for every trainable
+        parameter, so that ranks stay in step. Metrics: token_accuracy, the share of targets that
+        had the highest logit.
+        """
+        if self._wants_self_check and self.training:
+            self._wants_self_check = False
+            check_packed_forward(self.llm, batch, head=self.head)
+        num_units = self.count_units(batch)
+        if takes_segments(self.llm):
+            batch = drop_unsupervised_segments(batch)
+        at, targets, weights = find_targets(batch["labels"], batch.get("loss_weights"))
+        num_targets = len(targets)
+        if num_targets == 0:  # one token of weight 0: zero gradients through the usual path
+            at = torch.zeros(1, dtype=torch.int64, device=batch["labels"].device)
+            targets, weights = batch["input_ids"].reshape(-1)[:1], at.float()
+        # A checkpointed layer is computed again outside this block and must find the same casts.
+        casts = nullcontext() if self.activation_checkpointing else without_input_casts(self.llm)
+        with casts:
+            hidden, head, head_parameters = self._hidden_states_and_head(batch, at)
+        loss_sum, num_correct = chunked_head_loss(
+            hidden,
+            head,
+            targets,
+            head_parameters=head_parameters,
+            weights=weights,
+            token_loss=self.token_loss,
+            chunk_tokens=self.head_chunk_tokens,
+        )
+        correct = num_correct if num_targets else torch.zeros_like(num_correct)
+        return LossOutput(loss_sum, num_units, {"token_accuracy": (correct, num_targets)})
+
+    def _hidden_states_and_head(self, batch: Batch, at: Tensor) -> tuple[Tensor, Any, list]:
+        """What predicts the targets at ``at``, [N, H or V], how logits come of it, what trains."""
+        inputs = (batch["input_ids"], batch["position_ids"], batch["cu_seqlens"])
+        if self.head == "model":
+            return model_logits(self.llm, *inputs, at), Tensor.float, []
+        head = language_model_head(self.llm)
+        hidden = packed_hidden_states(self.llm, *inputs)
+        return hidden.flatten(0, 1)[at], head, head.trainable_parameters()

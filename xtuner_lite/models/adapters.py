@@ -1,0 +1,112 @@
+"""Adapters: any peft config on a causal language model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig | dict[str, Any]) -> PeftModel:
+    """The model with an adapter: its own weights frozen, what trains in float32.
+
+    Args:
+        model: the base model.
+        config: a peft config, or ``dict(type=LoraConfig, r=16, ...)``. Without target_modules the
+            adapter goes on every linear layer except the head.
+
+    Raises:
+        ImportError: peft is not installed.
+        TypeError: the config is neither of the two.
+        ValueError: target_modules names no module of this model, or the adapter type does not work
+            on packed samples.
+    """
+    from peft import get_peft_model
+
+    config = build_peft_config(config)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"lora is a {type(config).__name__}, which puts virtual tokens before each prompt; these "
+            "cannot be put before packed samples: use an adapter inside layers (LoraConfig, ...)"
+        )
+    names = [getattr(config, key, None) for key in ("target_modules", "target_parameters")]
+    if hasattr(config, "target_modules") and not any(names):
+        config.target_modules = "all-linear"
+    config.task_type = config.task_type or "CAUSAL_LM"
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        if "target" not in str(error).lower():
+            raise
+        leaves = sorted({n.rsplit(".")[-1] for n, m in model.named_modules() if _is_linear(m)})
+        raise ValueError(
+            f"the adapter's target_modules {config.target_modules!r} do not fit "
+            f"{type(model).__name__}: {error} Linear layers of this model: {', '.join(leaves)}"
+        ) from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def build_peft_config(config: PeftConfig | dict[str, Any]) -> PeftConfig:
+    """The peft config itself, a copy of one, or the one a ``dict(type=..., ...)`` describes.
+
+    Raises:
+        TypeError: it is neither, or its type is no peft config class.
+    """
+    import copy
+
+    import peft
+
+    if isinstance(config, dict) and "type" in config:
+        settings = dict(config)
+        kind = settings.pop("type")
+        if isinstance(kind, str):
+            kind = getattr(peft, kind.removeprefix("peft."), kind)
+        config = kind(**settings) if callable(kind) else kind
+    if not isinstance(config, peft.PeftConfig):
+        known = sorted(
+            name
+            for name, value in vars(peft).items()
+            if isinstance(value, type) and issubclass(value, peft.PeftConfig)
+        )
+        raise TypeError(
+            f"lora is {config!r}, which is no peft config; write lora=dict(type=LoraConfig, r=16); "
+            f"known types: {', '.join(known)}"
+        )
+    return copy.deepcopy(config)  # peft fills in fields; the caller's object stays as it was
+
+
+@contextmanager
+def without_input_casts(model: nn.Module) -> Iterator[None]:
+    """Under autocast, spares adapter layers the cast of their input to their weights' float32.
+
+    Autocast would cast it straight back, so the result is the same bit for bit and two passes over
+    each layer's input are saved. Without autocast this does nothing.
+    """
+    if not torch.is_autocast_enabled(_device_type(model)) or not hasattr(model, "peft_config"):
+        yield
+        return
+    from peft.helpers import disable_input_dtype_casting
+
+    with disable_input_dtype_casting(model):
+        yield
+
+
+def _device_type(model: nn.Module) -> str:
+    return next(model.parameters()).device.type
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
