@@ -1,0 +1,34 @@
+# make demo: fine-tune a real chat model and talk to it.  make test: all set-up and the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+NAME ?= Xiaolan
+AUTHOR ?= the xtuner_lite team
+
+.PHONY: demo test test-slow lint format bench clean
+
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/xtuner-lite demo --name "$(NAME)" --author "$(AUTHOR)"
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/sft_throughput.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

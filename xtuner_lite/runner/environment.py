@@ -1,0 +1,78 @@
+"""Process settings of a run, what it runs on, and compiling of layers."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from xtuner_lite.version import __version__
+
+if TYPE_CHECKING:
+    from xtuner_lite.runner.runner import Runner
+
+_STACK = ("torch", "transformers", "peft", "datasets", "mmengine", "bitsandbytes")
+
+
+def apply_env(
+    *,
+    num_threads: int | None = None,
+    cudnn_benchmark: bool = False,
+    mp_cfg: dict[str, Any] | None = None,
+    dist_cfg: dict[str, Any] | None = None,
+) -> None:
+    """Apply the ``env_cfg`` section.
+
+    Args:
+        num_threads: CPU threads of torch; None leaves torch's choice (all cores). Results on the CPU
+            repeat bit for bit only at a fixed number.
+        cudnn_benchmark: let cuDNN try its algorithms; for fixed shapes.
+        mp_cfg: dict(mp_start_method='fork' | 'spawn' | 'forkserver') of the reading processes.
+        dist_cfg: accepted for MMEngine's configs; one process has nothing to set.
+    """
+    del dist_cfg
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    torch.backends.cudnn.benchmark = cudnn_benchmark
+    method = (mp_cfg or {}).get("mp_start_method")
+    if method is not None:
+        torch.multiprocessing.set_start_method(method, force=True)
+
+
+def describe_environment(runner: Runner) -> str:
+    """A few lines for the top of a log: versions, device, threads, seed."""
+    versions = []
+    for name in _STACK:
+        try:
+            versions.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            versions.append(f"{name} not installed")
+    device = runner.strategy.device
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    return "\n".join(
+        [
+            f"xtuner_lite {__version__}, Python {platform.python_version()}, {', '.join(versions)}",
+            f"device {device} ({place}), {torch.get_num_threads()} threads, {runner.world_size} process(es)",
+            f"seed {runner.seed}, work_dir {runner.work_dir}, logs {runner.log_dir}",
+        ]
+    )
+
+
+def compile_layers(model: nn.Module, **options: Any) -> int:
+    """Compile each repeated layer of the language models in ``model``; returns how many.
+
+    Layer by layer compiles one layer's code and uses it for all, which keeps the warm-up short.
+
+    Raises:
+        ValueError: no module of ``model`` says which of its layers repeat.
+    """
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError("compile=True found no repeated layers in this model; set compile=False")
+    for layer in layers:
+        layer.compile(**options)
+    return len(layers)

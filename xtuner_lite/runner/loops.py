@@ -1,0 +1,244 @@
+"""The training loop of the project (there is one), and the validation and test loops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from xtuner_lite.data.dataloader import StepDataLoader
+from xtuner_lite.engine.metrics import Metric
+from xtuner_lite.registry import LOOPS, METRICS
+from xtuner_lite.structures import Batch, LossOutput
+
+if TYPE_CHECKING:
+    from xtuner_lite.runner.runner import Runner
+
+
+@LOOPS.register_module(name=["TrainLoop", "EpochBasedTrainLoop", "IterBasedTrainLoop"])
+class TrainLoop:
+    """Runs optimizer steps; one iter is one optimizer step, whatever the accumulation.
+
+    Args:
+        runner: the runner that owns the parts.
+        dataloader: the training data, read step by step.
+        max_epochs: passes over the data; the last step of an epoch may be short.
+        max_iters: optimizer steps. Give one of the two.
+        val_interval: optimizer steps between validations; None validates after each epoch. 0 never.
+        val_begin: first optimizer step (1-based) after which a validation may run.
+
+    Raises:
+        ValueError: neither or both of max_epochs and max_iters, or a number that is not positive.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        dataloader: StepDataLoader,
+        *,
+        max_epochs: int | None = None,
+        max_iters: int | None = None,
+        val_interval: int | None = None,
+        val_begin: int = 1,
+    ) -> None:
+        if (max_epochs is None) == (max_iters is None):
+            raise ValueError(
+                f"train_cfg has max_epochs={max_epochs} and max_iters={max_iters}; give exactly one: "
+                "max_epochs counts passes over the data, max_iters optimizer steps"
+            )
+        if (max_epochs or max_iters or 0) <= 0:
+            raise ValueError(f"train_cfg: max_epochs={max_epochs}, max_iters={max_iters} must be positive")
+        self.runner = runner
+        self.dataloader = dataloader
+        steps = len(dataloader)
+        self.max_iters = max_iters if max_iters is not None else math.ceil(max_epochs * steps)
+        self.max_epochs = math.ceil(self.max_iters / steps)
+        self.val_interval = val_interval
+        self.val_begin = val_begin
+        self.stop_training = False
+        self.num_completed_steps = 0
+        self._iter = 0
+        self._skip = False
+
+    @property
+    def iter(self) -> int:
+        """Steps before the current one (0-based number of the step being done)."""
+        return self._iter
+
+    @property
+    def epoch(self) -> int:
+        """0-based number of the epoch that the current step belongs to."""
+        return self._iter // len(self.dataloader)
+
+    def start_from(self, num_steps: int) -> None:
+        """Continue after ``num_steps`` completed optimizer steps."""
+        self._iter = self.num_completed_steps = num_steps
+
+    def skip_step(self) -> None:
+        """Called by a hook in ``before_optimizer_step``: drop the gradients, leave the weights alone."""
+        self._skip = True
+
+    def run(self) -> None:
+        """Train until max_iters, a hook sets ``stop_training`` or a signal asks to end."""
+        runner = self.runner
+        runner.call_hook("before_train")
+        steps = self.dataloader.steps(self._iter, self.max_iters)
+        runner.model.train()
+        while self._iter < self.max_iters and not self.stop_training:
+            epoch_length = len(self.dataloader)
+            if self._iter % epoch_length == 0:
+                runner.call_hook("before_train_epoch")
+            self.train_step(next(steps))
+            if self._iter % epoch_length == 0 or self._iter == self.max_iters:
+                self._after_epoch()
+            if self._validation_is_due():
+                runner.val_loop.run()
+                runner.model.train()
+            runner.check_signals()
+        runner.call_hook("after_train")
+
+    def train_step(self, micro_batches: list[Batch]) -> None:
+        """One optimizer step over its micro-batches."""
+        runner, strategy = self.runner, self.runner.strategy
+        hook_args: dict[str, Any] = dict(batch_idx=self._iter, data_batch=micro_batches)
+        self._skip = False
+        runner.call_hook("before_train_iter", **hook_args)
+        num_units = strategy.sum_over_ranks(sum(runner.model.count_units(b) for b in micro_batches))
+        totals = _StepTotals()
+        for batch in micro_batches:
+            batch = move_batch(batch, strategy.device)
+            with strategy.forward_context():
+                output = runner.model(batch)
+            strategy.backward(output.loss_sum, max(num_units, 1.0))
+            totals.add(batch, output)
+        outputs = totals.summary(num_units, strategy.sum_over_ranks)
+        outputs["grad_norm"] = strategy.clip_gradients()
+        if num_units == 0:
+            runner.logger.warning(f"step {self._iter + 1} has nothing to learn (0 supervised units); it is skipped")
+            self._skip = True
+        runner.call_hook("before_optimizer_step", **hook_args, outputs=outputs)
+        if self._skip:
+            strategy.discard_gradients()
+        outputs["updated"] = 0.0 if self._skip else float(strategy.step())
+        self.num_completed_steps = self._iter + 1
+        runner.call_hook("after_train_iter", **hook_args, outputs=outputs)
+        self._iter += 1
+
+    def _after_epoch(self) -> None:
+        # MMEngine's hooks see the epoch that has just ended, while iter already counts its last step.
+        self.runner.call_hook("after_train_epoch")
+
+    def _validation_is_due(self) -> bool:
+        if self.runner.val_loop is None or self._iter < self.val_begin or self.val_interval == 0:
+            return False
+        if self.val_interval is None:
+            return self._iter % len(self.dataloader) == 0 or self._iter == self.max_iters
+        return self._iter % self.val_interval == 0 or self._iter == self.max_iters
+
+
+class _StepTotals:
+    """Sums over the micro-batches of one step; read from the device once, in ``summary``."""
+
+    def __init__(self) -> None:
+        self.loss_sum: Any = 0.0
+        self.num_units = 0.0
+        self.num_tokens = 0
+        self.metrics: dict[str, list[Any]] = {}
+
+    def add(self, batch: Batch, output: LossOutput) -> None:
+        self.loss_sum = self.loss_sum + output.loss_sum.detach()
+        self.num_units += float(output.num_units)
+        self.num_tokens += int(batch.get("num_tokens", 0))
+        for name, value in output.metrics.items():
+            total, count = value if isinstance(value, tuple) else (value, output.num_units)
+            entry = self.metrics.setdefault(name, [0.0, 0.0])
+            entry[0], entry[1] = entry[0] + total, entry[1] + count
+
+    def summary(self, expected_units: float, sum_over_ranks: Any) -> dict[str, float]:
+        num_units = sum_over_ranks(self.num_units)
+        if abs(num_units - expected_units) > 1e-3 * max(1.0, expected_units):
+            raise RuntimeError(
+                f"the method's count_units said {expected_units:g} units for this step, its forward returned "
+                f"{num_units:g}; the loss would be scaled wrongly. Make both count the same."
+            )
+        divisor = max(num_units, 1.0)
+        outputs = {
+            "loss": sum_over_ranks(float(self.loss_sum)) / divisor,
+            "num_units": num_units,
+            "num_tokens": sum_over_ranks(self.num_tokens),
+        }
+        for name, (total, count) in self.metrics.items():
+            outputs[name] = sum_over_ranks(float(total)) / max(sum_over_ranks(float(count)), 1e-9)
+        return outputs
+
+
+class EvalLoop:
+    """One pass over a data set without gradients, in its own order; metrics over all of it.
+
+    Args:
+        runner: the runner that owns the parts.
+        dataloader: the data.
+        evaluator: metrics, or their configs; MeanLoss is always among them.
+    """
+
+    stage = ""
+
+    def __init__(self, runner: Runner, dataloader: StepDataLoader, evaluator: Any = None) -> None:
+        self.runner = runner
+        self.dataloader = dataloader
+        configs = evaluator if isinstance(evaluator, (list, tuple)) else [evaluator] if evaluator else []
+        self.metrics: list[Metric] = [METRICS.build(dict(type="MeanLoss"))]
+        self.metrics += [METRICS.build(cfg) for cfg in configs]
+
+    @torch.no_grad()
+    def run(self) -> dict[str, float]:
+        """Evaluate; returns what it also gives to the hooks, e.g. {'loss': 1.23}."""
+        runner, stage = self.runner, self.stage
+        runner.call_hook(f"before_{stage}")
+        runner.call_hook(f"before_{stage}_epoch")
+        runner.model.eval()
+        for metric in self.metrics:
+            metric.reset()
+        for index, batch in enumerate(self._batches()):
+            runner.call_hook(f"before_{stage}_iter", batch_idx=index, data_batch=batch)
+            batch = move_batch(batch, runner.strategy.device)
+            with runner.strategy.forward_context():
+                output = runner.model(batch)
+            for metric in self.metrics:
+                metric.update(batch, output)
+            runner.call_hook(f"after_{stage}_iter", batch_idx=index, data_batch=batch, outputs=[output])
+        results: dict[str, float] = {}
+        for metric in self.metrics:
+            results.update(metric.compute(runner.strategy.sum_over_ranks))
+        runner.call_hook(f"after_{stage}_epoch", metrics=results)
+        runner.call_hook(f"after_{stage}")
+        return results
+
+    def _batches(self) -> Iterator[Batch]:
+        for micro_batches in self.dataloader:
+            yield from micro_batches
+
+
+@LOOPS.register_module()
+class ValLoop(EvalLoop):
+    """Validation: hooks see the ``val`` stages. The ``val_cfg`` section."""
+
+    stage = "val"
+
+
+@LOOPS.register_module()
+class TestLoop(EvalLoop):
+    """Test: hooks see the ``test`` stages. The ``test_cfg`` section."""
+
+    __test__ = False  # pytest: no test class
+    stage = "test"
+
+
+def move_batch(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on ``device``; everything else as it is."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }

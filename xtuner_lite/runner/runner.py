@@ -1,0 +1,432 @@
+"""The Runner: builds the parts a config names, in an order that fails early, and runs them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.runner.priority import get_priority
+from torch import nn
+
+from xtuner_lite.data.dataloader import StepDataLoader, build_dataloader
+from xtuner_lite.engine.checkpoint import (
+    checkpoint_name,
+    checkpoints_dir,
+    exclusive_work_dir,
+    newest_valid_checkpoint,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from xtuner_lite.engine.distributed import set_randomness
+from xtuner_lite.engine.hooks import DEFAULT_HOOKS
+from xtuner_lite.engine.optim import OptimWrapper
+from xtuner_lite.engine.strategies.base import Strategy
+from xtuner_lite.engine.visualization import build_visualizer
+from xtuner_lite.registry import HOOKS, LOOPS, MODELS, PARAM_SCHEDULERS, RUNNERS, STRATEGIES
+from xtuner_lite.runner.environment import apply_env, compile_layers, describe_environment
+from xtuner_lite.runner.loops import EvalLoop, TestLoop, TrainLoop, ValLoop
+from xtuner_lite.runner.persistence import read_meta, resume_run, write_run
+from xtuner_lite.runner.signals import SignalWatch, TrainingInterrupted
+
+
+@RUNNERS.register_module()
+class Runner:
+    """Assembles a run from a config's sections and executes it; keeps MMEngine's contract for hooks.
+
+    Every argument is the config section of the same name; objects may be given instead of configs.
+    Parts are built when they are first needed, data before the model, so that a mistake in the data
+    is told before a model is loaded.
+
+    Args:
+        model: training method (registry MODELS).
+        work_dir: where checkpoints and logs go.
+        tokenizer: built once and handed to data sets, the method, hooks and checkpoints.
+        train_dataloader, val_dataloader, test_dataloader: see data.dataloader.build_dataloader.
+        train_cfg, val_cfg, test_cfg: see runner.loops; val_cfg and test_cfg may be left out.
+        optim_wrapper: see engine.optim.OptimWrapper.
+        param_scheduler: one or a list of learning-rate schedules (registry PARAM_SCHEDULERS).
+        val_evaluator, test_evaluator: metrics beside the loss (registry METRICS).
+        default_hooks: name -> config, over engine.hooks.DEFAULT_HOOKS; None takes one away.
+        custom_hooks: list of further hooks.
+        load_from: folder of an adapter or model whose weights the run starts from.
+        resume: True continues from the newest valid checkpoint of work_dir; a path, from that one.
+        strategy: how the model is placed (registry STRATEGIES); default SingleDevice.
+        launcher: 'none': this process is the run.
+        env_cfg: see runner.environment.apply_env.
+        randomness: dict(seed=None, deterministic=False).
+        visualizer: dict(vis_backends=[...]), see engine.visualization.
+        compile: True or options of torch.compile, applied to each decoder layer.
+        custom_imports, plugins: modules and files to import first; used before the Runner is built.
+        experiment_name: name of the run in logs; default is the config's name.
+        default_scope, log_processor, runner_type: accepted for MMEngine's configs.
+        log_level: level of the console and the log file.
+        cfg: the whole config, stored with the run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | dict[str, Any],
+        work_dir: str,
+        *,
+        tokenizer: Any = None,
+        train_dataloader: dict[str, Any] | None = None,
+        val_dataloader: dict[str, Any] | None = None,
+        test_dataloader: dict[str, Any] | None = None,
+        train_cfg: dict[str, Any] | None = None,
+        val_cfg: dict[str, Any] | None = None,
+        test_cfg: dict[str, Any] | None = None,
+        optim_wrapper: dict[str, Any] | None = None,
+        param_scheduler: dict[str, Any] | list[dict[str, Any]] | None = None,
+        val_evaluator: dict[str, Any] | list[dict[str, Any]] | None = None,
+        test_evaluator: dict[str, Any] | list[dict[str, Any]] | None = None,
+        default_hooks: dict[str, Any] | None = None,
+        custom_hooks: list[dict[str, Any]] | None = None,
+        load_from: str | None = None,
+        resume: bool | str = False,
+        strategy: dict[str, Any] | None = None,
+        launcher: str = "none",
+        env_cfg: dict[str, Any] | None = None,
+        randomness: dict[str, Any] | None = None,
+        visualizer: dict[str, Any] | None = None,
+        compile: bool | dict[str, Any] = False,
+        custom_imports: dict[str, Any] | list[str] | None = None,
+        plugins: list[str] | None = None,
+        experiment_name: str | None = None,
+        default_scope: str = "xtuner_lite",
+        log_processor: dict[str, Any] | None = None,
+        log_level: str = "INFO",
+        runner_type: str = "Runner",
+        cfg: Config | None = None,
+    ) -> None:
+        del custom_imports, plugins, default_scope, runner_type  # handled where the config is loaded
+        if launcher != "none":
+            raise ValueError(f"launcher={launcher!r} is not known; allowed: 'none'")
+        self.cfg = cfg
+        self.work_dir = str(work_dir)
+        self.timestamp = time.strftime("%Y%m%d_%H%M%S")
+        self.experiment_name = experiment_name or _config_name(cfg)
+        self._sections = {
+            "model": model,
+            "tokenizer": tokenizer,
+            "train_dataloader": train_dataloader,
+            "val_dataloader": val_dataloader,
+            "test_dataloader": test_dataloader,
+            "train_cfg": train_cfg,
+            "val_cfg": val_cfg,
+            "test_cfg": test_cfg,
+            "optim_wrapper": optim_wrapper,
+            "val_evaluator": val_evaluator,
+            "test_evaluator": test_evaluator,
+            "visualizer": visualizer,
+            "log_processor": log_processor,
+        }
+        self._scheduler_configs = param_scheduler
+        self._load_from, self._resume, self._compile = load_from, resume, compile
+        self._randomness = dict(randomness or {})
+        self._log_level = log_level
+        apply_env(**(env_cfg or {}))
+        self.hooks: list[Hook] = []
+        for hook in [*_merge_default_hooks(default_hooks).values(), *(custom_hooks or [])]:
+            self.register_hook(hook)
+        self.strategy: Strategy = STRATEGIES.build(strategy or dict(type="SingleDevice"))
+        self.seed: int = 0
+        self.tokenizer: Any = None
+        self.model: Any = None
+        self.optim_wrapper: OptimWrapper | None = None
+        self.param_schedulers: list[Any] = []
+        self.train_dataloader: StepDataLoader | None = None
+        self.val_dataloader: StepDataLoader | None = None
+        self.test_dataloader: StepDataLoader | None = None
+        self.train_loop: TrainLoop | None = None
+        self.val_loop: EvalLoop | None = None
+        self.test_loop: EvalLoop | None = None
+        self._signals = SignalWatch()
+        self._last_saved: Path | None = None
+
+    @classmethod
+    def from_cfg(cls, cfg: Config | dict[str, Any]) -> Runner:
+        """Build a Runner from a config; settings that are no section of a Runner are ignored.
+
+        ``xtuner-lite train`` and ``load_config`` + ``check_config`` refuse unknown names before this.
+        """
+        known = set(inspect.signature(cls.__init__).parameters) - {"self", "cfg"}
+        sections = {key: cfg[key] for key in known if key in cfg}
+        sections.setdefault("work_dir", f"./work_dirs/{_config_name(cfg)}")
+        return cls(**sections, cfg=cfg if isinstance(cfg, Config) else Config(dict(cfg)))
+
+    # --- the three things a Runner does -------------------------------------------------------------
+
+    def train(self) -> nn.Module:
+        """Train from the beginning, from ``load_from`` or from a checkpoint; returns the model.
+
+        Raises:
+            TrainingInterrupted: a signal came; everything is saved, the exit code is 143 or 130.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(exclusive_work_dir(self.work_dir))
+            checkpoint = self._start(stage="train")
+            self.train_dataloader = self._build_dataloader("train_dataloader", shuffle=True)
+            self.val_dataloader = self._build_dataloader("val_dataloader")
+            self._build_model(train=True)
+            self._build_train_loop()
+            self.call_hook("before_run")
+            if checkpoint is not None:
+                resume_run(self, checkpoint)
+                self.logger.info(f"resumed from {checkpoint} at step {self.train_loop.iter}")
+            stack.enter_context(self._signals)
+            stack.callback(self.visualizer.close)
+            self.train_loop.run()
+            self.call_hook("after_run")
+        return self.model
+
+    def val(self) -> dict[str, float]:
+        """Evaluate on ``val_dataloader``; returns e.g. {'loss': 1.23}."""
+        return self._evaluate("val")
+
+    def test(self) -> dict[str, float]:
+        """Evaluate on ``test_dataloader``."""
+        return self._evaluate("test")
+
+    def prepare_data(self) -> StepDataLoader:
+        """Build the tokenizer and the training data only (``--dry-run``); no model is loaded."""
+        self._start(stage="train")
+        self.train_dataloader = self._build_dataloader("train_dataloader", shuffle=True)
+        return self.train_dataloader
+
+    def save_checkpoint(self) -> Path:
+        """Write the run as it stands after the last completed step; returns the folder.
+
+        Raises:
+            CheckpointError: see engine.checkpoint.write_checkpoint.
+        """
+        target = checkpoints_dir(self.work_dir) / checkpoint_name(self.train_loop.num_completed_steps)
+        if self._last_saved != target:
+            begin = time.perf_counter()
+            write_checkpoint(target, lambda folder: write_run(self, folder))
+            self._last_saved = target
+            self.logger.info(f"checkpoint saved: {target} ({time.perf_counter() - begin:.1f} s)")
+        return target
+
+    def check_signals(self) -> None:
+        """Save and leave if SIGTERM or Ctrl-C arrived during the last step."""
+        if self._signals.received is None:
+            return
+        path = self.save_checkpoint()
+        self.logger.warning(f"stopped by a signal after step {self.iter}; continue with --resume (saved {path})")
+        raise TrainingInterrupted(self._signals.received)
+
+    # --- hooks ---------------------------------------------------------------------------------------
+
+    def register_hook(self, hook: Hook | dict[str, Any], priority: str | int | None = None) -> None:
+        """Add a hook, after those of the same priority.
+
+        Raises:
+            TypeError: neither a Hook nor its config.
+        """
+        if isinstance(hook, dict):
+            hook = dict(hook)
+            priority = hook.pop("priority", priority)
+            hook = HOOKS.build(hook)
+        if not isinstance(hook, Hook):
+            raise TypeError(f"a hook must be an mmengine Hook or its config, got {type(hook).__name__}")
+        hook.priority = priority if priority is not None else hook.priority
+        rank = get_priority(hook.priority)
+        position = sum(1 for other in self.hooks if get_priority(other.priority) <= rank)
+        self.hooks.insert(position, hook)
+
+    def call_hook(self, stage: str, **kwargs: Any) -> None:
+        """Call ``stage`` on every hook that has it, in order of priority."""
+        for hook in self.hooks:
+            function = getattr(hook, stage, None)
+            if function is not None:
+                function(self, **kwargs)
+
+    # --- what hooks read (MMEngine's names) --------------------------------------------------------------
+
+    @property
+    def iter(self) -> int:
+        """0-based optimizer step during a step; steps done between steps."""
+        return self.train_loop.iter if self.train_loop else 0
+
+    @property
+    def epoch(self) -> int:
+        """0-based epoch."""
+        return self.train_loop.epoch if self.train_loop else 0
+
+    @property
+    def max_iters(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.train_loop.max_iters if self.train_loop else 0
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs of the whole run, the last one perhaps cut short."""
+        return self.train_loop.max_epochs if self.train_loop else 0
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        return self.strategy.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.strategy.world_size
+
+    @property
+    def log_dir(self) -> Path:
+        """Folder of this launch's logs: work_dir/<timestamp>."""
+        return Path(self.work_dir) / self.timestamp
+
+    @property
+    def log_processor(self) -> Any:
+        """mmengine's LogProcessor, for its stock LoggerHook."""
+        if not hasattr(self, "_log_processor"):
+            from mmengine.runner import LogProcessor
+
+            self._log_processor = LogProcessor(**{"by_epoch": False, **(self._sections["log_processor"] or {})})
+        return self._log_processor
+
+    # --- building ----------------------------------------------------------------------------------------
+
+    def _start(self, stage: str) -> Path | None:
+        """Logs, seed and tokenizer; returns the checkpoint to resume from."""
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self.logger = MMLogger.get_instance(
+            f"{self.experiment_name}-{self.timestamp}-{id(self)}",
+            logger_name=self.experiment_name,
+            log_file=str(self.log_dir / "run.log"),
+            log_level=self._log_level,
+        )
+        self.message_hub = MessageHub.get_instance(f"{self.experiment_name}-{self.timestamp}-{id(self)}")
+        checkpoint = self._find_resume_checkpoint() if stage == "train" else None
+        seed = self._randomness.get("seed")
+        if checkpoint is not None and seed is None:
+            seed = read_meta(checkpoint)["seed"]
+        self.seed = set_randomness(seed, self._randomness.get("deterministic", False))
+        self.logger.info(describe_environment(self))
+        self.visualizer = build_visualizer(self._sections["visualizer"], str(self.log_dir), cfg=self.cfg)
+        return checkpoint
+
+    def _find_resume_checkpoint(self) -> Path | None:
+        if not self._resume:
+            return None
+        if self._resume is not True:
+            path = Path(self._resume)
+            verify_checkpoint(path)
+            read_meta(path)
+            return path
+        path = newest_valid_checkpoint(self.work_dir, self.logger.warning)
+        if path is None:
+            self.logger.warning(f"resume: no checkpoint in {self.work_dir} yet; this run starts at step 0")
+        return path
+
+    def _build_dataloader(self, name: str, *, shuffle: bool = False) -> StepDataLoader | None:
+        section = self._sections[name]
+        if section is None:
+            return None
+        if self.tokenizer is None and self._sections["tokenizer"] is not None:
+            self.tokenizer = MODELS.build(self._sections["tokenizer"], config_key="tokenizer")
+        wrapper = self._sections["optim_wrapper"] or {}
+        loader = build_dataloader(
+            **section,
+            tokenizer=self.tokenizer,
+            accumulative_counts=wrapper.get("accumulative_counts", 1) if shuffle else 1,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=self.strategy.rank,
+            world_size=self.strategy.world_size,
+        )
+        ledger = getattr(loader.dataset, "ledger", None)
+        if ledger is not None:
+            self.logger.info(f"{name}:\n{ledger.report()}")
+            (self.log_dir / f"{name}_ledger.json").write_text(json.dumps(ledger.to_dict(), indent=1))
+        return loader
+
+    def _build_model(self, *, train: bool) -> None:
+        if self.tokenizer is None and self._sections["tokenizer"] is not None:
+            self.tokenizer = MODELS.build(self._sections["tokenizer"], config_key="tokenizer")
+        self.model = MODELS.build(self._sections["model"], config_key="model", tokenizer=self.tokenizer)
+        if self._load_from is not None:
+            self.model.load_pretrained(self._load_from)
+            self.logger.info(f"weights loaded from {self._load_from}")
+        section = self._sections["optim_wrapper"]
+        if isinstance(section, dict):
+            section = {key: value for key, value in section.items() if key != "type"}
+            self.optim_wrapper = OptimWrapper(**section)
+        else:
+            self.optim_wrapper = section
+        self.model = self.strategy.prepare(self.model, self.optim_wrapper, train=train)
+        if self._compile:
+            compile_layers(self.model, **(self._compile if isinstance(self._compile, dict) else {}))
+
+    def _build_train_loop(self) -> None:
+        section = {"type": "TrainLoop", **(self._sections["train_cfg"] or {})}
+        self.train_loop = LOOPS.build(section, config_key="train_cfg", runner=self, dataloader=self.train_dataloader)
+        if not isinstance(self.train_loop, TrainLoop):
+            raise TypeError(
+                f"train_cfg.type built a {type(self.train_loop).__module__}.{type(self.train_loop).__name__}; a loop "
+                "must subclass xtuner_lite.runner.loops.TrainLoop"
+            )
+        if self.val_dataloader is not None:
+            self.val_loop = self._build_eval_loop("val", ValLoop, self.val_dataloader)
+        configs = self._scheduler_configs or []
+        for index, cfg in enumerate(configs if isinstance(configs, (list, tuple)) else [configs]):
+            scheduler = PARAM_SCHEDULERS.build(
+                cfg,
+                config_key=f"param_scheduler.{index}",
+                optimizer=self.optim_wrapper.optimizer,
+                epoch_length=len(self.train_dataloader),
+                max_iters=self.train_loop.max_iters,
+            )
+            self.param_schedulers.append(scheduler)
+
+    def _build_eval_loop(self, stage: str, default: type[EvalLoop], dataloader: StepDataLoader) -> EvalLoop:
+        section = {"type": default, **(self._sections[f"{stage}_cfg"] or {})}
+        return LOOPS.build(
+            section,
+            config_key=f"{stage}_cfg",
+            runner=self,
+            dataloader=dataloader,
+            evaluator=self._sections[f"{stage}_evaluator"],
+        )
+
+    def _evaluate(self, stage: str) -> dict[str, float]:
+        name = f"{stage}_dataloader"
+        if self._sections[name] is None:
+            raise ValueError(f"the config has no {name}; add one (as train_dataloader) to evaluate")
+        self._start(stage)
+        dataloader = self._build_dataloader(name)
+        setattr(self, name, dataloader)
+        self._build_model(train=False)
+        loop = self._build_eval_loop(stage, {"val": ValLoop, "test": TestLoop}[stage], dataloader)
+        setattr(self, f"{stage}_loop", loop)
+        self.call_hook("before_run")
+        results = loop.run()
+        self.call_hook("after_run")
+        return results
+
+
+def _config_name(cfg: Any) -> str:
+    filename = getattr(cfg, "filename", None)
+    return Path(filename).stem if filename else "run"
+
+
+def _merge_default_hooks(given: dict[str, Any] | None) -> dict[str, Any]:
+    """DEFAULT_HOOKS with a config's changes; a value with a type of its own replaces the default."""
+    hooks: dict[str, Any] = {name: dict(cfg) for name, cfg in DEFAULT_HOOKS.items()}
+    for name, change in (given or {}).items():
+        if change is None:
+            hooks.pop(name, None)
+        elif isinstance(change, dict) and "type" not in change and name in hooks:
+            hooks[name] = {**hooks[name], **change}
+        else:
+            hooks[name] = change
+    return hooks
