@@ -86,9 +86,9 @@ class TrainLoop:
         runner.call_hook("before_train")
         steps = self.dataloader.steps(self._iter, self.max_iters)
         runner.model.train()
+        first, epoch_length = self._iter, len(self.dataloader)
         while self._iter < self.max_iters and not self.stop_training:
-            epoch_length = len(self.dataloader)
-            if self._iter % epoch_length == 0:
+            if self._iter % epoch_length == 0 or self._iter == first:  # a resume starts inside an epoch
                 runner.call_hook("before_train_epoch")
             self.train_step(next(steps))
             if self._iter % epoch_length == 0 or self._iter == self.max_iters:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xtuner_lite.config import dump_config
 from xtuner_lite.engine.checkpoint import TRAINER_DIR, CheckpointError
 from xtuner_lite.engine.distributed import load_random_state, random_state
 from xtuner_lite.engine.state_io import load_state, save_state
@@ -54,6 +53,8 @@ def write_run(runner: Runner, folder: Path) -> None:
         "state",
     )
     if runner.cfg is not None:
+        from xtuner_lite.config import dump_config
+
         dump_config(runner.cfg, folder / "config.py")
 
 

@@ -159,7 +159,7 @@ class Runner:
         known = set(inspect.signature(cls.__init__).parameters) - {"self", "cfg"}
         sections = {key: cfg[key] for key in known if key in cfg}
         sections.setdefault("work_dir", f"./work_dirs/{_config_name(cfg)}")
-        return cls(**sections, cfg=cfg if isinstance(cfg, Config) else Config(dict(cfg)))
+        return cls(**sections, cfg=cfg if isinstance(cfg, Config) else None)
 
     # --- the three things a Runner does -------------------------------------------------------------
 
