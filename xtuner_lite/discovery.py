@@ -54,11 +54,15 @@ def find_module_file(module: str) -> tuple[Path | None, list[str]]:
         if spec is None or spec.submodule_search_locations is None:
             return None, []
         name = ".".join(parts[: depth + 1])
-        spec = importlib.machinery.PathFinder.find_spec(name, list(spec.submodule_search_locations))
+        folders = [str(folder) for folder in spec.submodule_search_locations]
+        spec = importlib.machinery.PathFinder.find_spec(name, folders)
     if spec is None:
         return None, []
-    has_file = spec.origin is not None and spec.origin.endswith((".py", ".pyi"))
-    return Path(spec.origin) if has_file else None, list(spec.submodule_search_locations or [])
+    origin = spec.origin
+    if origin == "frozen":  # a few modules of the standard library; their source lies beside them
+        origin = getattr(spec.loader_state, "filename", None)
+    file = Path(origin) if origin is not None and origin.endswith(".py") else None
+    return file, [str(folder) for folder in spec.submodule_search_locations or []]
 
 
 def walk_modules(root: str) -> Iterator[tuple[str, Path]]:
