@@ -1,94 +1,39 @@
-"""The visualizer of a run, and the back-ends that MMEngine lacks or that no longer work.
+"""Back-ends of the visualizer where MMEngine's fall short.
 
-Measured with mmengine 0.10.7: its TensorboardVisBackend works as it is. WandbVisBackend throws the
-step away, so that W&B numbers the lines instead of the optimizer steps, and uploads every Python
-file under the current folder. MLflowVisBackend always opens a file store, which MLflow 3.17 refuses,
-and copies every JSON file below work_dir at the end. There is none for SwanLab.
+Measured with mmengine 0.10.7: its TensorboardVisBackend works, but keeps no texts. WandbVisBackend
+throws the step away, so that W&B numbers the lines instead of the optimizer steps, and uploads
+every Python file under the current folder. MLflowVisBackend always opens a file store, which MLflow
+3.17 refuses, and copies every JSON file below work_dir at the end. There is none for SwanLab.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.logging import print_log
-from mmengine.visualization import Visualizer
+from mmengine.visualization import TensorboardVisBackend as _MMTensorboardVisBackend
 from mmengine.visualization import WandbVisBackend as _MMWandbVisBackend
 from mmengine.visualization.vis_backend import BaseVisBackend, force_init_env
 
 from xtuner_lite.registry import VISBACKENDS
 
-_instances = iter(range(1, 1 << 62))
 
-
-class RunVisualizer(Visualizer):
-    """MMEngine's Visualizer whose back-ends cannot end a training.
-
-    A tracking server that is away for a minute makes a warning (one for each back-end and kind of
-    call), not the end of a run of days; ``metrics.jsonl`` has every value anyway.
+@VISBACKENDS.register_module()
+class TensorboardVisBackend(_MMTensorboardVisBackend):
+    """TensorBoard event files in ``save_dir``; look with ``tensorboard --logdir WORK_DIR``.
 
     Args:
-        vis_backends: back-ends that are built already.
-        **options: see mmengine.visualization.Visualizer.
+        save_dir: folder of the event files.
     """
 
-    def __init__(self, vis_backends: list[BaseVisBackend] | None = None, **options: Any) -> None:
-        # MMEngine keeps visualizers by name for the life of the process.
-        options.setdefault("name", f"visualizer_{next(_instances)}")
-        super().__init__(vis_backends=vis_backends, **options)
-        self._warned: set[tuple[str, str]] = set()
-        self._closed = False
-        type(self)._instance_dict[options["name"]] = self
-        Visualizer._instance_dict[options["name"]] = self
-
-    def _each(self, method: str, *args: Any, **kwargs: Any) -> None:
-        """Calls ``method`` on every back-end that has it."""
-        for name, backend in self._vis_backends.items():
-            function = getattr(backend, method, None)
-            if function is None:
-                continue
-            try:
-                function(*args, **kwargs)
-            except Exception as error:  # whatever a server or its client raises; told below
-                if (name, method) not in self._warned:
-                    self._warned.add((name, method))
-                    print_log(
-                        f"{name}.{method} failed: {type(error).__name__}: {error}. The run goes on, "
-                        "this back-end may miss values; they are in metrics.jsonl.",
-                        logger="current",
-                        level=logging.WARNING,
-                    )
-
-    def add_config(self, config: Config, **kwargs: Any) -> None:
-        """Hands the config over; its secrets must be redacted already."""
-        self._each("add_config", config, **kwargs)
-
-    def add_scalar(self, name: str, value: float, step: int = 0, **kwargs: Any) -> None:
-        """One value after ``step`` optimizer steps."""
-        self._each("add_scalar", name, value, step, **kwargs)
-
-    def add_scalars(
-        self, scalar_dict: dict[str, float], step: int = 0, file_path: str | None = None, **kwargs: Any
-    ) -> None:
-        """Several values after ``step`` optimizer steps."""
-        self._each("add_scalars", scalar_dict, step, file_path, **kwargs)
-
+    @force_init_env
     def add_text(self, name: str, text: str, step: int = 0) -> None:
-        """A text after ``step`` optimizer steps, to the back-ends that keep texts."""
-        self._each("add_text", name, text, step)
-        for backend in self._vis_backends.values():
-            if type(backend).__name__ == "TensorboardVisBackend":
-                backend.experiment.add_text(name, text, step)
-
-    def close(self) -> None:
-        """Ends the back-ends; a second call does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._each("close")
+        """A text at an optimizer step, shown as it is."""
+        indented = "\n".join("    " + line for line in text.splitlines())  # a Markdown code block
+        self._tensorboard.add_text(name, indented, step)
 
 
 @VISBACKENDS.register_module()
@@ -99,18 +44,18 @@ class WandbVisBackend(_MMWandbVisBackend):
         save_dir: folder of W&B's local files.
         init_kwargs: arguments of ``wandb.init``, e.g. dict(project="...", mode="offline").
         log_code_name: name of a code artifact. None uploads no code (MMEngine always does).
-        **options: see mmengine.visualization.WandbVisBackend.
+        define_metric_cfg: see mmengine.visualization.WandbVisBackend.
     """
 
     def __init__(
         self,
         save_dir: str,
         init_kwargs: dict[str, Any] | None = None,
+        define_metric_cfg: dict | list | None = None,
         log_code_name: str | None = None,
-        **options: Any,
     ) -> None:
         super().__init__(
-            save_dir, dict(init_kwargs or {}), log_code_name=log_code_name, **options
+            save_dir, dict(init_kwargs or {}), define_metric_cfg, log_code_name=log_code_name
         )
 
     @force_init_env
@@ -127,7 +72,11 @@ class WandbVisBackend(_MMWandbVisBackend):
 
     @force_init_env
     def add_scalars(
-        self, scalar_dict: dict[str, float], step: int = 0, file_path: str | None = None, **kwargs: Any
+        self,
+        scalar_dict: dict[str, float],
+        step: int = 0,
+        file_path: str | None = None,
+        **kwargs: Any,
     ) -> None:
         """Several values at an optimizer step."""
         self._wandb.log(scalar_dict, step=step)
@@ -167,7 +116,7 @@ class MLflowVisBackend(BaseVisBackend):
     def __init__(
         self,
         save_dir: str,
-        exp_name: str = "Default",
+        exp_name: str = "xtuner_lite",
         run_name: str | None = None,
         tags: dict[str, str] | None = None,
         params: dict[str, Any] | None = None,
@@ -188,15 +137,9 @@ class MLflowVisBackend(BaseVisBackend):
             folder.mkdir(parents=True, exist_ok=True)
             uri, artifacts = f"sqlite:///{folder / 'mlflow.db'}", (folder / "mlartifacts").as_uri()
         mlflow.set_tracking_uri(uri)
-        experiment = mlflow.get_experiment_by_name(self._exp_name)
-        local_default = experiment is not None and artifacts is not None
-        if experiment is None or (local_default and self._exp_name == "Default"):
-            # The "Default" experiment of a fresh SQLite store keeps its files in the current folder.
-            name = "xtuner_lite" if local_default else self._exp_name
-            found = mlflow.get_experiment_by_name(name)
-            if found is None:
-                mlflow.create_experiment(name, artifact_location=self._artifact_location or artifacts)
-            self._exp_name = name
+        if mlflow.get_experiment_by_name(self._exp_name) is None:
+            location = self._artifact_location or artifacts
+            mlflow.create_experiment(self._exp_name, artifact_location=location)
         mlflow.set_experiment(self._exp_name)
         self._run = mlflow.start_run(run_name=self._run_name, tags=self._tags)
         self._mlflow = mlflow
@@ -221,7 +164,11 @@ class MLflowVisBackend(BaseVisBackend):
 
     @force_init_env
     def add_scalars(
-        self, scalar_dict: dict[str, float], step: int = 0, file_path: str | None = None, **kwargs: Any
+        self,
+        scalar_dict: dict[str, float],
+        step: int = 0,
+        file_path: str | None = None,
+        **kwargs: Any,
     ) -> None:
         """Several values at an optimizer step."""
         self._mlflow.log_metrics({k: float(v) for k, v in scalar_dict.items()}, step)
@@ -283,7 +230,11 @@ class SwanLabVisBackend(BaseVisBackend):
 
     @force_init_env
     def add_scalars(
-        self, scalar_dict: dict[str, float], step: int = 0, file_path: str | None = None, **kwargs: Any
+        self,
+        scalar_dict: dict[str, float],
+        step: int = 0,
+        file_path: str | None = None,
+        **kwargs: Any,
     ) -> None:
         """Several values at an optimizer step."""
         self._swanlab.log({k: float(v) for k, v in scalar_dict.items()}, step=step)

@@ -49,7 +49,7 @@ def build_visualizer(
         ImportError: the package of a back-end is not installed; says what to install.
         TypeError: vis_backends is no list of configs.
     """
-    from xtuner_lite.engine.vis_backends import RunVisualizer
+    from xtuner_lite.engine.run_visualizer import RunVisualizer
 
     if visualizer is not None and not isinstance(visualizer, dict):
         return visualizer
