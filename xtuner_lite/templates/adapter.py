@@ -196,10 +196,7 @@ class ChatTemplate:
             generation_config: the model's ``GenerationConfig`` (its ``eos_token_id`` is read) or
                 None.
         """
-        more = getattr(generation_config, "eos_token_id", None)
-        more = [more] if isinstance(more, int) else list(more or [])
-        ids = [*self.end_token_ids, self.tokenizer.eos_token_id, *more]
-        return list(dict.fromkeys(int(i) for i in ids if i is not None))
+        return _stop_ids(self.end_token_ids, self.tokenizer, generation_config)
 
     # ------------------------------------------------ what a template leaves out
 
@@ -248,6 +245,22 @@ class ChatTemplate:
 _KINDS = {"system": "a system prompt", "tool": "a tool's result", "tool_calls": "tool calls"}
 
 
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any = None) -> list[int]:
+    """As :meth:`ChatTemplate.stop_token_ids`; EOS alone for a tokenizer without a template."""
+    if getattr(tokenizer, "chat_template", None):
+        return ChatTemplate(tokenizer).stop_token_ids(generation_config)
+    return _stop_ids([], tokenizer, generation_config)
+
+
+def _stop_ids(
+    ends: list[int], tokenizer: PreTrainedTokenizerBase, generation_config: Any
+) -> list[int]:
+    more = getattr(generation_config, "eos_token_id", None)
+    more = [more] if isinstance(more, int) else list(more or [])
+    ids = [*ends, tokenizer.eos_token_id, *more]
+    return list(dict.fromkeys(int(i) for i in ids if i is not None))
+
+
 def _is_special(added: dict[int, Any], token_id: int) -> bool:
     return token_id in added and bool(added[token_id].special)
 
@@ -271,4 +284,11 @@ def _token_starts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return starts or [0]
 
 
-__all__ = ["ChatTemplate", "Conversation", "Encoded", "RowRefused", "TemplateError"]
+__all__ = [
+    "ChatTemplate",
+    "Conversation",
+    "Encoded",
+    "RowRefused",
+    "TemplateError",
+    "stop_token_ids",
+]

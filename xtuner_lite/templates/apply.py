@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +62,12 @@ def preset(name: str) -> TemplateParts:
     Raises:
         KeyError: no preset of that name; the nearest is named.
     """
-    factory = TEMPLATES.get(name) if name in preset_names() else None
-    if factory is None:
-        near = difflib.get_close_matches(name, preset_names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ";"
-        raise KeyError(
-            f"unknown template {name!r}{hint} A file's name ends in .jinja. "
-            "See: xtuner-lite list templates"
-        )
-    return factory()
+    return TEMPLATES.get(name)()
 
 
 def preset_names() -> list[str]:
     """Names of all registered presets."""
-    import xtuner_lite.templates.presets  # noqa: F401  (registers)
-
-    return sorted(TEMPLATES.module_dict)
+    return sorted(TEMPLATES.entries())
 
 
 def _read_jinja(path: Path) -> str:

@@ -1,0 +1,291 @@
+"""ChatDataset and TextDataset: rows of any source as packed samples of tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+from mmengine.logging import print_log
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from xtuner_lite.data.encode import (
+    ON_BAD_ROW,
+    OVERLONG,
+    EncodedRows,
+    MapFn,
+    OnBadRow,
+    Overlong,
+    RowEncoder,
+    join_chunks,
+)
+from xtuner_lite.data.ledger import Ledger
+from xtuner_lite.data.map_fns.recognise import NUM_LOOKED_AT, recognise
+from xtuner_lite.data.packing import Packing, check_packing, pack
+from xtuner_lite.data.parallel import encode_chunks
+from xtuner_lite.data.sources import Row, read_rows
+from xtuner_lite.registry import DATASETS, MAP_FNS
+from xtuner_lite.structures import IGNORE_INDEX
+from xtuner_lite.templates.adapter import ChatTemplate
+from xtuner_lite.templates.layout import TRAIN_ON, TrainOn
+from xtuner_lite.templates.tokenise import encode_text
+
+
+@DATASETS.register_module()
+class ChatDataset(Dataset):
+    """Conversations or plain text, tokenised and packed; ``dataset[i]`` is one sample.
+
+    A sample is a dict: ``input_ids`` int32 [T]; ``labels`` int32 [T], not shifted, IGNORE_INDEX
+    where nothing is learnt and on the first token of each segment; ``lengths``, tokens of each
+    segment; ``row_ids``, 'file:line' of each segment; ``loss_weights`` float32 [T] if the data has
+    weights.
+
+    Args:
+        data: path, folder, glob, hub id; a list of them; a list of dicts; a datasets.Dataset; or
+            dict(type=load_dataset, ...). See docs/howto.
+        tokenizer: with a chat template, unless the data is plain text. Given by the Runner.
+        map_fn: "auto", a registered name (xtuner-lite list map_fns), a function from a row (dict)
+            to dict(messages=..., tools=...) or dict(text=...), or dict(type=..., keyword=...).
+        max_length: tokens of one packed sample, and the most that is kept of one row. None: no
+            limit (packing="none" only).
+        packing: "best_fit" splits and drops nothing; "concat" joins and cuts rows, for
+            pre-training; "none" makes one sample of each row.
+        overlong: what happens to a row longer than max_length: "truncate" keeps its beginning,
+            "drop" skips it, "raise" stops. With packing="concat" no row is too long.
+        train_on: "assistant" learns every assistant turn, "last" the last one, "all" everything.
+            A message's own ``loss`` goes before it.
+        on_bad_row: a row that does not parse or breaks the schema: "raise" or "skip" (counted).
+        num_proc: processes that encode.
+        limit: rows read at most; None reads all.
+        name: in logs and the ledger; default is the source's name.
+
+    Attributes:
+        ledger: Ledger, what became of every row.
+        lengths: int64 [len(self)], tokens of each sample.
+        num_rows: rows kept.
+
+    Raises:
+        FileNotFoundError, ValueError: the source is missing, empty or not readable; no row can be
+            used; nothing in it is learnt; an option is not known.
+        TemplateError: the tokenizer has no template, or its mask cannot be proved.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        map_fn: str | Callable[..., Any] | dict[str, Any] = "auto",
+        max_length: int | None = 2048,
+        packing: Packing = "best_fit",
+        overlong: Overlong = "truncate",
+        train_on: TrainOn = "assistant",
+        on_bad_row: OnBadRow = "raise",
+        num_proc: int = 1,
+        limit: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        _check_options(max_length, packing, overlong, train_on, on_bad_row, num_proc, limit)
+        self.name = name or _name_of(data)
+        notes: list[str] = []
+        rows = islice(read_rows(data), limit)
+        function, rows = _resolve_map_fn(map_fn, rows, self.name, notes)
+        encoder = RowEncoder(
+            template=ChatTemplate(tokenizer) if _needs_template(function) else None,
+            encode_text=partial(encode_text, tokenizer),
+            map_fn=function,
+            max_length=None if packing == "concat" else max_length,
+            overlong=overlong,
+            train_on=train_on,
+            on_bad_row=on_bad_row,
+        )
+        self._rows = join_chunks(encode_chunks(encoder, rows, num_proc), self.name)
+        self.ledger = self._rows.ledger
+        self.ledger.notes += notes
+        _check_usable(self.ledger, max_length)
+        self._row_start = np.concatenate([[0], np.cumsum(self._rows.lengths)])
+        self._packs = pack(self._rows.lengths, max_length, packing)
+        self.lengths = self._packs.lengths
+        self.ledger.num_samples = len(self._packs)
+        self.ledger.capacity = 0 if packing == "none" else len(self._packs) * (max_length or 0)
+        self.ledger.check()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows kept."""
+        return len(self._rows.lengths)
+
+    def __len__(self) -> int:
+        """Samples after packing."""
+        return len(self._packs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
+        packs, rows = self._packs, self._rows
+        index %= len(self)
+        pieces = range(packs.sample[index], packs.sample[index + 1])
+        row = packs.row[pieces.start : pieces.stop]
+        start = self._row_start[row] + packs.start[pieces.start : pieces.stop]
+        end = self._row_start[row] + packs.end[pieces.start : pieces.stop]
+        input_ids = _gather(rows.input_ids, start, end)
+        learnt = _gather(rows.learnt, start, end)
+        lengths = end - start
+        learnt[np.concatenate([[0], np.cumsum(lengths)[:-1]])] = False
+        sample: dict[str, Any] = {
+            "input_ids": input_ids,
+            "labels": np.where(learnt, input_ids, np.int32(IGNORE_INDEX)),
+            "lengths": lengths.tolist(),
+            "row_ids": [self._row_id(r) for r in row],
+        }
+        if rows.weights is not None:
+            sample["loss_weights"] = _gather(rows.weights, start, end)
+        return sample
+
+    def _row_id(self, row: int) -> str:
+        return f"{self._rows.sources[self._rows.source[row]]}:{self._rows.line[row]}"
+
+
+@DATASETS.register_module()
+class TextDataset(ChatDataset):
+    """Plain text for continued pre-training: every token learnt, joined and cut to max_length.
+
+    Args:
+        data: as ChatDataset; rows are {"text": ...}.
+        tokenizer: needs an EOS token, no chat template. Given by the Runner.
+        max_length: tokens of one sample.
+        packing: "concat" fills every sample to max_length; "best_fit" cuts no document that fits.
+        map_fn: "pretrain" reads the key 'text'.
+        **options: as ChatDataset's: overlong, on_bad_row, num_proc, limit, name.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = 2048,
+        packing: Packing = "concat",
+        map_fn: str | Callable[..., Any] | dict[str, Any] = "pretrain",
+        overlong: Overlong = "truncate",
+        on_bad_row: OnBadRow = "raise",
+        num_proc: int = 1,
+        limit: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            data,
+            tokenizer=tokenizer,
+            map_fn=map_fn,
+            max_length=max_length,
+            packing=packing,
+            overlong=overlong,
+            on_bad_row=on_bad_row,
+            num_proc=num_proc,
+            limit=limit,
+            name=name,
+        )
+
+
+def _gather(flat: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    return np.concatenate([flat[s:e] for s, e in zip(start, end)])
+
+
+def _check_options(
+    max_length: int | None,
+    packing: str,
+    overlong: str,
+    train_on: str,
+    on_bad_row: str,
+    num_proc: int,
+    limit: int | None,
+) -> None:
+    check_packing(packing, max_length)
+    for option, value, allowed in (
+        ("overlong", overlong, OVERLONG),
+        ("train_on", train_on, TRAIN_ON),
+        ("on_bad_row", on_bad_row, ON_BAD_ROW),
+    ):
+        if value not in allowed:
+            raise ValueError(
+                f"{option}={value!r} is unknown; allowed: {', '.join(map(repr, allowed))}"
+            )
+    for option, number, least in (("max_length", max_length, 2), ("limit", limit, 1)):
+        if number is not None and number < least:
+            raise ValueError(f"{option}={number!r} is too small; at least {least}, or None")
+    if num_proc < 1:
+        raise ValueError(f"num_proc={num_proc!r} is too small; at least 1 process encodes")
+
+
+def _name_of(data: Any) -> str:
+    if isinstance(data, Mapping):
+        return str(data.get("path", "dataset"))
+    if isinstance(data, (list, tuple)) and data and not isinstance(data[0], Mapping):
+        return ", ".join(map(str, data[:3])) + (", ..." if len(data) > 3 else "")
+    return "rows" if isinstance(data, (list, tuple)) else str(data) if _is_path(data) else "dataset"
+
+
+def _is_path(data: Any) -> bool:
+    return isinstance(data, str) or hasattr(data, "__fspath__")
+
+
+def _resolve_map_fn(
+    map_fn: Any, rows: Iterator[Row], name: str, notes: list[str]
+) -> tuple[MapFn, Iterator[Row]]:
+    """The map function, and the rows (some had to be read to recognise their format)."""
+    if map_fn == "auto":
+        head = list(islice(rows, NUM_LOOKED_AT))
+        good = [row.data for row in head if row.error is None]
+        rows = chain(head, rows)
+        if not good and head:
+            bad = head[0]
+            raise ValueError(
+                f"{name}: none of the first {len(head)} rows can be read; the first: "
+                f"{bad.place}: {bad.error}. Correct the file."
+            )
+        map_fn, why = recognise(good, name)
+        notes.append(why)
+        print_log(why, logger="current", level=logging.INFO)
+    if isinstance(map_fn, Mapping):
+        keywords = {key: value for key, value in map_fn.items() if key != "type"}
+        function = map_fn["type"]
+        function = MAP_FNS.get(function) if isinstance(function, str) else function
+        return partial(_unlazy(function), **keywords), rows
+    return (MAP_FNS.get(map_fn) if isinstance(map_fn, str) else _unlazy(map_fn)), rows
+
+
+def _unlazy(function: Any) -> Callable[..., Any]:
+    if not callable(function) and hasattr(function, "build"):  # mmengine's LazyObject
+        function = function.build()
+    if not callable(function):
+        raise TypeError(
+            f"map_fn={function!r} cannot be called; give 'auto', a name "
+            "(xtuner-lite list map_fns), or a function from a row to dict(messages=...)"
+        )
+    return function
+
+
+def _needs_template(map_fn: MapFn) -> bool:
+    return map_fn is not MAP_FNS.get("pretrain")
+
+
+def _check_usable(ledger: Ledger, max_length: int | None) -> None:
+    """Raises ValueError if no row can be learnt from, with the reasons and how to go on."""
+    if ledger.rows_kept:
+        return
+    reasons = "; ".join(
+        f"{entry.count} x {reason} (such as {entry.examples[0]})"
+        for reason, entry in sorted(ledger.skipped.items(), key=lambda item: -item[1].count)
+    )
+    raise ValueError(
+        f"{ledger.name}: nothing is supervised: none of its {ledger.rows_read} rows can be learnt "
+        f"from (max_length={max_length}): {reasons}. Raise max_length if rows are too long, "
+        "otherwise correct the data, map_fn or train_on."
+    )
+
+
+__all__ = ["ChatDataset", "EncodedRows", "TextDataset"]

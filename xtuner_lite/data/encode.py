@@ -1,0 +1,242 @@
+"""From rows to tokens: map, check, render, tokenise, cut to length; every row is accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from xtuner_lite.data.ledger import Ledger
+from xtuner_lite.data.messages import (
+    BadRow,
+    UnusableRow,
+    check_messages,
+    check_text,
+    check_tools,
+)
+from xtuner_lite.data.sources import Row
+from xtuner_lite.templates.adapter import ChatTemplate
+from xtuner_lite.templates.layout import Layout, RowRefused, TemplateError, TrainOn
+from xtuner_lite.templates.tokenise import Encoded
+
+Overlong = Literal["truncate", "drop", "raise"]
+OVERLONG: tuple[str, ...] = ("truncate", "drop", "raise")
+OnBadRow = Literal["raise", "skip"]
+ON_BAD_ROW: tuple[str, ...] = ("raise", "skip")
+
+MapFn = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@dataclass
+class EncodedRows:
+    """The kept rows of a chunk, in flat arrays, and the ledger of the chunk. R rows, T tokens."""
+
+    input_ids: np.ndarray  # int32 [T]
+    learnt: np.ndarray  # bool [T]
+    weights: np.ndarray | None  # float32 [T]; None: all 1
+    lengths: np.ndarray  # int64 [R]
+    sources: list[str]  # names of the sources
+    source: np.ndarray  # int32 [R], index into sources
+    line: np.ndarray  # int64 [R]
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Encodes rows; holds the options, not the data. Can be pickled."""
+
+    template: ChatTemplate | None
+    """None: only plain text can be encoded."""
+    encode_text: Callable[[Sequence[str]], list[Encoded]]
+    map_fn: MapFn
+    max_length: int | None = None
+    """Tokens of a row; None: no limit."""
+    overlong: Overlong = "truncate"
+    train_on: TrainOn = "assistant"
+    on_bad_row: OnBadRow = "raise"
+
+    def encode(self, rows: Sequence[Row]) -> EncodedRows:
+        """Encodes a chunk of rows with one call of the tokenizer.
+
+        Raises:
+            ValueError: a bad row (on_bad_row="raise"), or an overlong one (overlong="raise").
+            TemplateError: the template's mask cannot be proved on a row.
+        """
+        ledger = Ledger(rows_read=len(rows))
+        chats: list[tuple[Row, Layout]] = []
+        texts: list[tuple[Row, str]] = []
+        for row in rows:
+            try:
+                prepared = self._prepare(row)
+            except UnusableRow as error:
+                ledger.skip(error.reason, row.place, str(error))
+                continue
+            except TemplateError as error:
+                raise TemplateError(f"{row.place}: {error}") from error
+            except (BadRow, RowRefused) as error:
+                self._bad(row, error, ledger)
+                continue
+            if isinstance(prepared, str):
+                texts.append((row, prepared))
+            else:
+                chats.append((row, prepared))
+        encoded = (
+            [] if self.template is None else self.template.encode_layouts([c for _, c in chats])
+        )
+        done = list(zip((row for row, _ in chats), encoded))
+        done += zip((row for row, _ in texts), self.encode_text([text for _, text in texts]))
+        if chats and texts:  # back into the order of the rows
+            order = {id(row): index for index, row in enumerate(rows)}
+            done.sort(key=lambda item: order[id(item[0])])
+        return self._collect(done, ledger)
+
+    def _bad(self, row: Row, error: Exception, ledger: Ledger) -> None:
+        if self.on_bad_row == "skip":
+            ledger.skip("bad row", row.place, str(error))
+            return
+        raise ValueError(
+            f"{row.place}: {error}. Correct the row, or set on_bad_row='skip' to skip and count "
+            "such rows."
+        ) from error
+
+    def _prepare(self, row: Row) -> Layout | str:
+        """The row as a rendered conversation or as plain text."""
+        if row.error is not None:
+            raise BadRow(row.error)
+        if not isinstance(row.data, dict):
+            raise BadRow(f"the row is {row.data!r:.60}, not an object with keys")
+        mapped = self._mapped(row)
+        if "text" in mapped:
+            text = mapped["text"]
+            if not isinstance(text, str):
+                raise BadRow(f"text is {text!r:.60}, not a string")
+            check_text(text, "text")
+            if not text.strip():
+                raise UnusableRow("the text is empty")
+            return text
+        messages = check_messages(mapped["messages"])
+        if self.template is None:
+            raise BadRow("a conversation, and this data set takes plain text only")
+        return self.template.layout(messages, check_tools(mapped.get("tools")), self.train_on)
+
+    def _mapped(self, row: Row) -> dict[str, Any]:
+        name = getattr(self.map_fn, "__name__", repr(self.map_fn))
+        try:
+            mapped = self.map_fn(row.data)
+        except (BadRow, UnusableRow):
+            raise
+        except Exception as error:  # a user's function may raise anything; the row is named
+            raise BadRow(f"map function {name} raised {type(error).__name__}: {error}") from error
+        if not isinstance(mapped, dict) or not ("messages" in mapped or "text" in mapped):
+            raise BadRow(
+                f"map function {name} returned {mapped!r:.60}; it must return "
+                "dict(messages=[...], tools=None) or dict(text=...)"
+            )
+        return mapped
+
+    # ---------------------------------------------------------------- length
+
+    def _collect(self, done: Iterable[tuple[Row, Encoded]], ledger: Ledger) -> EncodedRows:
+        kept: list[tuple[Row, Encoded]] = []
+        for row, encoded in done:
+            try:
+                cut = self._cut(row, encoded)
+            except UnusableRow as error:
+                ledger.skip(error.reason, row.place, str(error))
+                continue
+            kept.append((row, cut))
+            ledger.keep(
+                len(cut), int(cut.learnt.sum()), len(encoded) - len(cut), eos_learnt=cut.eos_learnt
+            )
+        return _flatten(kept, ledger)
+
+    def _cut(self, row: Row, encoded: Encoded) -> Encoded:
+        """The row within max_length. Raises UnusableRow if no learnt token is left."""
+        if not encoded.learnt.any():
+            raise UnusableRow("nothing in it is learnt", "no assistant message counts")
+        size, limit = len(encoded), self.max_length
+        if limit is None or size <= limit:
+            return encoded
+        if self.overlong == "raise":
+            raise ValueError(
+                f"{row.place}: {size} tokens, and max_length is {limit}. Raise max_length, or set "
+                "overlong='truncate' or 'drop'."
+            )
+        if self.overlong == "drop":
+            raise UnusableRow("longer than max_length", f"{size} tokens, max_length {limit}")
+        learnt = encoded.learnt[:limit]
+        if not learnt.any():
+            prompt = int(encoded.learnt.argmax())
+            raise UnusableRow(
+                "nothing learnt is left within max_length",
+                f"{prompt} tokens stand before the first learnt one, max_length {limit}",
+            )
+        weights = None if encoded.weights is None else encoded.weights[:limit]
+        ends = encoded.eos_learnt and not encoded.learnt[limit:].any()
+        return Encoded(encoded.input_ids[:limit], learnt, weights, ends)
+
+
+def _flatten(kept: list[tuple[Row, Encoded]], ledger: Ledger) -> EncodedRows:
+    sources: dict[str, int] = {}
+    source = [sources.setdefault(row.source, len(sources)) for row, _ in kept]
+    weights = None
+    if any(encoded.weights is not None for _, encoded in kept):
+        weights = _joined([_weights(encoded) for _, encoded in kept], np.float32)
+    return EncodedRows(
+        input_ids=_joined([encoded.input_ids for _, encoded in kept], np.int32),
+        learnt=_joined([encoded.learnt for _, encoded in kept], np.bool_),
+        weights=weights,
+        lengths=np.array([len(encoded) for _, encoded in kept], dtype=np.int64),
+        sources=list(sources),
+        source=np.array(source, dtype=np.int32),
+        line=np.array([row.line for row, _ in kept], dtype=np.int64),
+        ledger=ledger,
+    )
+
+
+def _weights(encoded: Encoded) -> np.ndarray:
+    if encoded.weights is not None:
+        return encoded.weights
+    return np.ones(len(encoded), dtype=np.float32)
+
+
+def _joined(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=dtype)
+
+
+def join_chunks(chunks: Iterable[EncodedRows], name: str) -> EncodedRows:
+    """All chunks as one, with the sum of their ledgers."""
+    parts = list(chunks)
+    sources: dict[str, int] = {}
+    for part in parts:
+        for source in part.sources:
+            sources.setdefault(source, len(sources))
+    ledger = Ledger(name=name)
+    for part in parts:
+        ledger.add(part.ledger)
+    weights = None
+    if any(part.weights is not None for part in parts):
+        weights = _joined(
+            [
+                np.ones(len(p.input_ids), np.float32) if p.weights is None else p.weights
+                for p in parts
+            ],
+            np.float32,
+        )
+    remapped = [
+        np.array([sources[s] for s in p.sources], dtype=np.int32)[p.source]
+        for p in parts
+        if p.sources
+    ]
+    return EncodedRows(
+        input_ids=_joined([part.input_ids for part in parts], np.int32),
+        learnt=_joined([part.learnt for part in parts], np.bool_),
+        weights=weights,
+        lengths=_joined([part.lengths for part in parts], np.int64),
+        sources=list(sources),
+        source=_joined(remapped, np.int32),
+        line=_joined([part.line for part in parts], np.int64),
+        ledger=ledger,
+    )

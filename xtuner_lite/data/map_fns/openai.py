@@ -1,0 +1,35 @@
+"""OpenAI chat rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xtuner_lite.data.messages import BadRow
+from xtuner_lite.registry import MAP_FNS
+
+
+@MAP_FNS.register_module(name="openai")
+def openai_map_fn(row: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI chat rows: messages of role and content, tools, weight 0 on turns not to learn.
+
+    Example row::
+
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+    """
+    messages = row.get("messages")
+    if not isinstance(messages, list):
+        raise BadRow(f"no list under 'messages'; keys found: {', '.join(map(str, row)) or 'none'}")
+    return {"messages": [_message(message) for message in messages], "tools": row.get("tools")}
+
+
+def _message(message: Any) -> Any:
+    """OpenAI's ``weight`` (0 or 1) is our ``loss``; 'developer' is its newer word for system."""
+    if not isinstance(message, dict):
+        return message
+    if "weight" in message and "loss" not in message:
+        message = {**message, "loss": message["weight"]}
+    if message.get("loss", True) is None:  # tables write absent values as None
+        message = {key: value for key, value in message.items() if key != "loss"}
+    if message.get("role") == "developer":
+        message = {**message, "role": "system"}
+    return message

@@ -1,0 +1,192 @@
+"""Rows from files, the hub or memory; each knows its place, and a bad one says what is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xtuner_lite.data.readers import READERS, SUFFIXES, suffix_of
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_GLOB = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a source: its data, or why it could not be read."""
+
+    source: str
+    """The file as the user named it; 'rows' for lists, the id for hub data sets."""
+    line: int
+    """1-based line of a text file, else the row's 1-based number."""
+    data: Any
+    error: str | None = None
+
+    @property
+    def place(self) -> str:
+        """'file:line'."""
+        return f"{self.source}:{self.line}"
+
+
+def read_rows(data: Any) -> Iterator[Row]:
+    """Yields the rows of a source, in order. Files are read lazily.
+
+    Args:
+        data: a path, folder, glob or hub id; a list of them; a list of dicts; a ``datasets``
+            object; or a config ``dict(type=load_dataset, ...)`` that makes one.
+
+    Raises:
+        FileNotFoundError: no such file or folder; the nearest existing names are in the message.
+        ValueError: an empty file or source, or a file type that is not known.
+    """
+    for source, rows in open_sources(data):
+        count = 0
+        for line, value, error in rows():
+            count += 1
+            yield Row(source, line, value, error)
+        if count == 0:
+            raise ValueError(
+                f"{source} holds no rows: the file is empty. Remove it from data=, or fill it."
+            )
+
+
+Reader = Callable[[], Iterable["tuple[int, Any, str | None]"]]
+
+
+def open_sources(data: Any) -> list[tuple[str, Reader]]:
+    """The single sources behind ``data`` as (name, function that reads it). Raises as read_rows."""
+    if isinstance(data, Mapping) and "type" in data:
+        return open_sources(_call(data))
+    if isinstance(data, (str, Path)):
+        return _open_name(str(data))
+    if _is_hub_dataset(data):
+        name = str(getattr(getattr(data, "info", None), "dataset_name", None) or "dataset")
+        return [(name, lambda: _enumerate(data))]
+    if isinstance(data, (list, tuple)):
+        return _open_list(list(data))
+    raise TypeError(
+        f"data is a {type(data).__name__}; allowed: a path, folder, glob or hub id, a list of "
+        "them, a list of dicts, a datasets.Dataset, or dict(type=load_dataset, ...)"
+    )
+
+
+def _open_list(data: list[Any]) -> list[tuple[str, Reader]]:
+    if not data:
+        raise ValueError("data is an empty list; give it rows (dicts) or paths")
+    if all(isinstance(item, (str, Path)) for item in data):
+        return [source for item in data for source in _open_name(str(item))]
+    if any(isinstance(item, (str, Path)) for item in data):
+        raise TypeError("data mixes paths and rows in one list; give a list of one kind")
+    return [("rows", lambda: _enumerate(data))]
+
+
+def _enumerate(rows: Iterable[Any]) -> Iterator[tuple[int, Any, str | None]]:
+    for number, row in enumerate(rows, start=1):
+        yield number, row, None
+
+
+def _open_name(name: str) -> list[tuple[str, Reader]]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [_open_file(name, path)]
+    if path.is_dir():
+        return _open_folder(name, path)
+    if _GLOB.search(name):
+        found = sorted(glob.glob(str(path), recursive=True))
+        files = [f for f in found if Path(f).is_file()]
+        if not files:
+            raise FileNotFoundError(f"no file matches {name!r}{_nearest(path)}. Correct data=.")
+        return [_open_file(f, Path(f)) for f in files]
+    if _HUB_ID.fullmatch(name) and suffix_of(path) not in READERS and not path.parent.is_dir():
+        return [(name, lambda: _enumerate(_load_from_hub(name)))]
+    if _HUB_ID.fullmatch(name) and "/" in name and suffix_of(path) not in READERS:
+        return [(name, lambda: _enumerate(_load_from_hub(name)))]
+    raise FileNotFoundError(f"{name!r} does not exist{_nearest(path)}. Correct data=.")
+
+
+def _open_folder(name: str, path: Path) -> list[tuple[str, Reader]]:
+    files = sorted(p for p in path.iterdir() if p.is_file() and suffix_of(p) in READERS)
+    if not files:
+        held = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"folder {name!r} holds no data file (it holds {held}); allowed: {SUFFIXES}"
+        )
+    return [_open_file(str(file), file) for file in files]
+
+
+def _open_file(name: str, path: Path) -> tuple[str, Reader]:
+    suffix = suffix_of(path)
+    if suffix not in READERS:
+        raise ValueError(
+            f"{name!r}: the file type {path.suffix or 'without an ending'!r} is not known; "
+            f"allowed: {SUFFIXES}. Rename or convert the file."
+        )
+    if path.stat().st_size == 0:
+        raise ValueError(f"{name} is empty (0 bytes). Remove it from data=, or fill it.")
+    return name, lambda: READERS[suffix](path)
+
+
+def _nearest(path: Path) -> str:
+    """Existing names like the missing one, in the deepest folder of the path that exists."""
+    folder, missing = path.parent, path.name
+    while not folder.is_dir() and folder != folder.parent:
+        folder, missing = folder.parent, folder.name
+    try:
+        names = sorted(p.name for p in folder.iterdir())
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(missing, names, n=3, cutoff=0.5)
+    if near:
+        return "; did you mean " + " or ".join(repr(str(folder / n)) for n in near) + "?"
+    return f"; {str(folder)!r} holds {', '.join(names[:8]) or 'nothing'}"
+
+
+def _is_hub_dataset(data: Any) -> bool:
+    return hasattr(data, "column_names") and hasattr(data, "__iter__")
+
+
+def _load_from_hub(name: str) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return _one_split(load_dataset(name), name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} is no local file or folder{_nearest(Path(name))}, and as a hub data set it "
+            f"cannot be loaded: {error}. Correct data=, or check the network."
+        ) from error
+
+
+def _call(config: Mapping[str, Any]) -> Any:
+    """Builds ``dict(type=load_dataset, ...)``: the type is a callable, lazy or not."""
+    arguments = {key: value for key, value in config.items() if key != "type"}
+    function = config["type"]
+    if not callable(function) and hasattr(function, "build"):  # mmengine's LazyObject
+        function = function.build()
+    if isinstance(function, str):
+        from xtuner_lite.registry import DATASETS
+
+        function = DATASETS.get(function)
+    if not callable(function):
+        raise TypeError(
+            f"data=dict(type={config['type']!r}): the type is not a function; "
+            "import it in the config, as in dict(type=load_dataset, path='json', ...)"
+        )
+    return _one_split(function(**arguments), str(arguments.get("path", "dataset")))
+
+
+def _one_split(dataset: Any, name: str) -> Any:
+    """The data set itself, or the only split of a dict of splits."""
+    if isinstance(dataset, Mapping):
+        if "train" in dataset:
+            return dataset["train"]
+        raise ValueError(
+            f"{name!r} has the splits {sorted(dataset)}, none called 'train'; choose one with "
+            "dict(type=load_dataset, path=..., split=...)"
+        )
+    return dataset
