@@ -38,5 +38,14 @@ def test_only_fp16_scales_the_loss():
 
 def test_names():
     assert parse_dtype("bfloat16") is parse_dtype(torch.bfloat16) is torch.bfloat16
-    with pytest.raises(ValueError, match="dtype 'int8' is not known; allowed: bf16"):
+    with pytest.raises(ValueError, match="dtype 'int8' is not known; allowed: auto, bf16"):
         parse_dtype("int8")
+
+
+def test_auto_takes_what_the_device_computes(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert Precision("auto").dtype == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert Precision("auto").dtype == torch.float32
+    assert Precision("auto").reason == "this CPU has no bf16 instructions"

@@ -25,7 +25,8 @@ class OptimWrapper:
         clip_grad: dict(max_norm=..., norm_type=2.0): the total gradient norm is cut to max_norm before
             each update. None only measures it.
         accumulative_counts: micro-batches in one optimizer step.
-        dtype: compute dtype, 'bf16' (default; the range of fp32 needs no loss scaling), 'fp16', 'fp32'.
+        dtype: compute dtype, 'bf16', 'fp16', 'fp32' or 'auto' (default): bf16 where the device computes
+            it natively, else fp16 on a GPU and fp32 on a CPU; the log says which and why.
         loss_scale: fp16 only; 'dynamic' or a number.
         paramwise_cfg: learning rate and weight decay by parameter name, see ``build_param_groups``.
 
@@ -39,7 +40,7 @@ class OptimWrapper:
         *,
         clip_grad: dict[str, Any] | None = None,
         accumulative_counts: int = 1,
-        dtype: str = "bf16",
+        dtype: str = "auto",
         loss_scale: str | float = "dynamic",
         paramwise_cfg: dict[str, Any] | None = None,
     ) -> None:

@@ -26,6 +26,7 @@ _MUST_MATCH = {
     "num_samples": "samples in the training data",
     "data_fingerprint": "the training data itself",
     "method": "the training method",
+    "compute_dtype": "compute dtype (optim_wrapper.dtype)",
 }
 
 
@@ -72,6 +73,7 @@ def describe_run(runner: Runner) -> dict[str, Any]:
         "seed": runner.seed,
         "num_threads": torch.get_num_threads(),
         "device": runner.strategy.device.type,
+        "compute_dtype": str(runner.strategy.precision.dtype).removeprefix("torch."),
         "group_size": plan.group_size,
         "num_samples": plan.sampler.num_samples,
         "data_fingerprint": data_fingerprint(runner.train_dataloader),

@@ -137,6 +137,7 @@ class Runner:
             self.register_hook(hook)
         self.strategy: Strategy = STRATEGIES.build(strategy or dict(type="SingleDevice"))
         self.seed: int = 0
+        self.logger: MMLogger | None = None
         self.tokenizer: Any = None
         self.model: Any = None
         self.optim_wrapper: OptimWrapper | None = None
@@ -195,8 +196,9 @@ class Runner:
         return self._evaluate("test")
 
     def prepare_data(self) -> StepDataLoader:
-        """Build the tokenizer and the training data only (``--dry-run``); no model is loaded."""
-        self._start(stage="train")
+        """Build the tokenizer and the training data only; no model is loaded, no file is written."""
+        self.logger = MMLogger(self.experiment_name, log_level=self._log_level)
+        self.seed = set_randomness(self._randomness.get("seed"), self._randomness.get("deterministic", False))
         self.train_dataloader = self._build_dataloader("train_dataloader", shuffle=True)
         return self.train_dataloader
 
@@ -298,6 +300,8 @@ class Runner:
 
     def _start(self, stage: str) -> Path | None:
         """Logs, seed and tokenizer; returns the checkpoint to resume from."""
+        if self.logger is not None:
+            return None  # val() or test() after train(): logs and seed are there
         self.log_dir.mkdir(parents=True, exist_ok=True)
         self.logger = MMLogger.get_instance(
             f"{self.experiment_name}-{self.timestamp}-{id(self)}",
@@ -347,7 +351,8 @@ class Runner:
         ledger = getattr(loader.dataset, "ledger", None)
         if ledger is not None:
             self.logger.info(f"{name}:\n{ledger.report()}")
-            (self.log_dir / f"{name}_ledger.json").write_text(json.dumps(ledger.to_dict(), indent=1))
+            if self.log_dir.is_dir():
+                (self.log_dir / f"{name}_ledger.json").write_text(json.dumps(ledger.to_dict(), indent=1))
         return loader
 
     def _build_model(self, *, train: bool) -> None:
@@ -364,6 +369,8 @@ class Runner:
         else:
             self.optim_wrapper = section
         self.model = self.strategy.prepare(self.model, self.optim_wrapper, train=train)
+        precision = self.strategy.precision
+        self.logger.info(f"compute dtype {precision.dtype} ({precision.reason})")
         if self._compile:
             compile_layers(self.model, **(self._compile if isinstance(self._compile, dict) else {}))
 

@@ -39,7 +39,7 @@ class SingleDevice(Strategy):
 
     def prepare(self, model: nn.Module, optim_wrapper: OptimWrapper | None, *, train: bool) -> nn.Module:
         """See Strategy.prepare."""
-        dtype = optim_wrapper.dtype if optim_wrapper else "bf16"
+        dtype = optim_wrapper.dtype if optim_wrapper else "auto"
         loss_scale = optim_wrapper.loss_scale if optim_wrapper else "dynamic"
         self.precision = Precision(dtype, self.device.type, loss_scale=loss_scale)
         self.precision.prepare(model)

@@ -1,0 +1,54 @@
+"""``--dry-run``: everything a run would do before its first step, and no step."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config
+
+from xtuner_lite.config import effective_settings
+from xtuner_lite.data.preview import render_preview
+from xtuner_lite.runner.runner import Runner
+
+_NUM_PREVIEWS = 2
+
+
+def dry_run(cfg: Config) -> int:
+    """Print settings with their origin, the first samples with their mask, and what a run would cost.
+
+    The config is expected to have passed ``check_config``. The tokenizer and the data are read, the
+    model is not; nothing is written.
+
+    Returns:
+        0, the exit code.
+    """
+    print("Effective settings (value, and where it was set):")
+    for key, value, origin in effective_settings(cfg):
+        print(f"  {key} = {value}    # {origin}")
+    runner = Runner.from_cfg(cfg)
+    loader = runner.prepare_data()
+    dataset, order = loader.dataset, loader.sampler.order(0)
+    for number in range(min(_NUM_PREVIEWS, len(dataset))):
+        index = int(order[number])
+        print(f"\nSample {index}, number {number + 1} in the order of training:")
+        print(render_preview(dataset[index], runner.tokenizer, color=sys.stdout.isatty()))
+    print("\n" + _summary(cfg, loader))
+    return 0
+
+
+def _summary(cfg: Config, loader: Any) -> str:
+    plan, steps = loader.plan, len(loader)
+    train_cfg = cfg.get("train_cfg") or {}
+    max_iters = train_cfg.get("max_iters") or math.ceil(train_cfg["max_epochs"] * steps)
+    lengths = getattr(loader.dataset, "lengths", None)
+    tokens = "" if lengths is None else f", {int(np.sum(lengths)):,} tokens an epoch"
+    return (
+        f"{plan.sampler.num_samples:,} samples{tokens}\n"
+        f"{plan.group_size} samples in an optimizer step (batch_size {plan.batch_size} x accumulative_counts "
+        f"{plan.accumulative_counts} x {plan.world_size} rank(s))\n"
+        f"{steps:,} optimizer steps an epoch, {max_iters:,} in the run ({max_iters / steps:.2f} epochs)\n"
+        "Dry run: nothing was trained, nothing was written."
+    )
