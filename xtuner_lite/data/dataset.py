@@ -110,9 +110,15 @@ class ChatDataset(Dataset):
         self._row_start = np.concatenate([[0], np.cumsum(self._rows.lengths)])
         self._packs = pack(self._rows.lengths, max_length, packing)
         self.lengths = self._packs.lengths
+        self._count_cut_targets()
         self.ledger.num_samples = len(self._packs)
         self.ledger.capacity = 0 if packing == "none" else len(self._packs) * (max_length or 0)
         self.ledger.check()
+
+    def _count_cut_targets(self) -> None:
+        """A row cut in two (packing="concat") loses the target at the start of each later piece."""
+        first = self._row_start[self._packs.row] + self._packs.start
+        self.ledger.tokens_supervised -= int(self._rows.learnt[first].sum())
 
     @property
     def num_rows(self) -> int:

@@ -114,7 +114,7 @@ def check_text(text: str, what: str) -> None:
 def _check_loss(loss: Any, index: int) -> None:
     if not isinstance(loss, (bool, int, float)) or not 0 <= loss < float("inf"):
         raise BadRow(
-            f"message {index}: loss is {_shown(loss)}; allowed: true, false or a weight of at least 0"
+            f"message {index}: loss is {_shown(loss)}; allowed: true, false or a weight from 0 up"
         )
 
 

@@ -14,7 +14,7 @@ _HOMES = {
     "preset_names": "apply",
     "stop_token_ids": "adapter",
 }
-__all__ = list(_HOMES)  # noqa: PLE0604
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

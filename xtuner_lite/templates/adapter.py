@@ -174,7 +174,7 @@ class ChatTemplate:
 
     @property
     def final_tail(self) -> str:
-        """Text the template appends behind the last turn only; '' for most templates. Not learnt."""
+        """What the template appends behind the last turn only ('' for most); not learnt."""
         return self._probe[0]
 
     @property

@@ -36,7 +36,7 @@ class TemplateParts:
     tool: str | None = None
     """A tool's result, with ``{output}``; None: results are refused unless ``tools`` is set."""
     tools: Literal["hermes"] | None = None
-    """How tools and calls are written: "hermes" is <tools>, <tool_call>, <tool_response> (Qwen2.5)."""
+    """How tools and calls are written: "hermes" is <tools>, <tool_call>, <tool_response>."""
     tokens: tuple[str, ...] = ()
     """Tokens that must be in the tokenizer's vocabulary, each as one token."""
 

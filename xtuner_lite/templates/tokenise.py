@@ -62,7 +62,7 @@ def encode_layouts(tokenizer: PreTrainedTokenizerBase, layouts: Sequence[Layout]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoded]:
-    """Plain documents: every token learnt, EOS appended and learnt, BOS where the tokenizer adds it.
+    """Plain documents: all learnt, EOS appended and learnt, BOS where the tokenizer adds it.
 
     Raises:
         TemplateError: the tokenizer has no EOS token.
@@ -179,8 +179,8 @@ def _encode_in_pieces(tokenizer: PreTrainedTokenizerBase, layout: Layout) -> Enc
     whole = tokenizer(layout.text, add_special_tokens=False)["input_ids"]
     if encoded.input_ids.tolist() != list(whole):
         raise TemplateError(
-            f"{type(tokenizer).__name__} is a slow tokenizer (no character offsets), and its tokens "
-            "of the pieces of a conversation differ from those of the whole, so the loss mask "
+            f"{type(tokenizer).__name__} is a slow tokenizer (no character offsets), and its "
+            "tokens of the pieces of a conversation differ from those of the whole, so the loss mask "
             "cannot be proved. Use the model's fast tokenizer (use_fast=True; tokenizer.json)."
         )
     return encoded

@@ -14,7 +14,8 @@ def openai_map_fn(row: dict[str, Any]) -> dict[str, Any]:
 
     Example row::
 
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+        {"messages": [{"role": "user", "content": "Hi"},
+                      {"role": "assistant", "content": "Hello!"}]}
     """
     messages = row.get("messages")
     if not isinstance(messages, list):
