@@ -70,8 +70,8 @@ class TrainingMethod(nn.Module, ABC):
             model
         ):
             raise ValueError(
-                "the base model is quantised and lora is None; quantised weights cannot be trained: "
-                "add lora=dict(type=LoraConfig, ...), or load the model without quantization"
+                "the base model is quantised and lora is None; quantised weights cannot be "
+                "trained: add lora=dict(type=LoraConfig, ...), or load it without quantization"
             )
         self.llm = model
         if activation_checkpointing:

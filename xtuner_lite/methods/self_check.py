@@ -56,7 +56,7 @@ def check_packed_forward(llm: nn.Module, batch: Batch, *, head: str = "chunked")
         raise RuntimeError(
             f"{type(base).__name__}: logits of the first sample differ from the model's own by "
             f"{differences[0]:.1%} (allowed {allowed:.1%}), so its forward does something that "
-            f"head={head!r} does not; use head='model', and attn='sdpa' or 'eager' in load_causal_lm"
+            f"head={head!r} does not; use head='model', and attn='sdpa' in load_causal_lm"
         )
     if differences[1] > allowed:
         raise RuntimeError(

@@ -24,9 +24,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 PACKED_SDPA = "packed_sdpa"
 
-# Whether the forward pass in progress hands segment borders to the attention layers itself. The
-# mask function is called once per forward and cannot see those keywords, only this.
-_mask_is_replaced = False
+# Longest segment of the forward pass in progress, when it hands segment borders to the attention
+# layers. The mask function is called once per forward and cannot see those keywords, only this.
+_longest_segment: int | None = None
 
 
 def segment_kwargs(cu_seqlens: Tensor) -> dict[str, Any]:
@@ -45,23 +45,39 @@ def segment_kwargs(cu_seqlens: Tensor) -> dict[str, Any]:
 
 
 @contextmanager
-def no_packing_mask() -> Iterator[None]:
+def no_packing_mask(longest_segment: int) -> Iterator[None]:
     """Skips building the [T, T] mask of a packed forward pass of a ``packed_sdpa`` model.
 
     Only for a forward pass that gets ``segment_kwargs``: there the borders replace the mask, which
     would cost T * T bytes. A layer that does not receive them raises instead of leaking.
+
+    Args:
+        longest_segment: tokens of the longest segment. Layers that see fewer tokens back than that
+            (sliding windows, chunks) keep their mask.
     """
-    global _mask_is_replaced
-    before, _mask_is_replaced = _mask_is_replaced, True
+    global _longest_segment
+    before, _longest_segment = _longest_segment, longest_segment
     try:
         yield
     finally:
-        _mask_is_replaced = before
+        _longest_segment = before
 
 
-def packed_sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' sdpa mask (bool [B, 1, Q, K] or None), or None inside ``no_packing_mask``."""
-    return None if _mask_is_replaced else sdpa_mask(*args, **kwargs)
+def packed_sdpa_mask(
+    *args: Any, local_size: int | None = None, use_vmap: bool = False, **kwargs: Any
+) -> Tensor | None:
+    """transformers' sdpa mask (bool [B, 1, Q, K] or None), or None where borders replace it.
+
+    Args:
+        args: those of ``sdpa_mask``.
+        local_size: how far back a sliding or chunked layer sees, in tokens.
+        use_vmap: True when the model adds a pattern of its own to the causal one.
+        kwargs: those of ``sdpa_mask``.
+    """
+    sees_all = local_size is None or local_size >= (_longest_segment or 0)
+    if _longest_segment is not None and sees_all and not use_vmap:
+        return None
+    return sdpa_mask(*args, local_size=local_size, use_vmap=use_vmap, **kwargs)
 
 
 def packed_sdpa_forward(
@@ -72,7 +88,6 @@ def packed_sdpa_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     **kwargs: Any,
@@ -84,24 +99,20 @@ def packed_sdpa_forward(
         query: float [B, H, T, D].
         key: float [B, Hkv, T, D], H a multiple of Hkv.
         value: the same as key.
-        attention_mask: used only when ``cu_seq_lens_q`` is absent.
+        attention_mask: bool [B, 1, T, T] where the layer needs one of its own (sliding windows
+            shorter than a segment, generation with padding); it then rules alone.
         dropout: probability of dropping an attention weight.
         scaling: factor on the scores; None means D ** -0.5.
-        sliding_window: how many tokens a token sees, itself included; None means all earlier ones.
         cu_seq_lens_q: int32 [S + 1], segment borders in the flattened [B * T] tokens.
-        max_length_q: length of the longest segment.
+        max_length_q: tokens of the longest segment.
+        kwargs: those of transformers' ``sdpa``.
 
     Raises:
         RuntimeError: the mask was replaced by segment borders that did not reach this layer.
         ValueError: a soft cap on the scores is asked for, which sdpa cannot do.
     """
-    if kwargs.get("softcap") is not None:
-        raise ValueError(
-            f"attention {PACKED_SDPA!r} got softcap={kwargs['softcap']}, which torch's sdpa cannot do; "
-            "load the model with attn='eager' or, on a GPU, attn='flash_attention_2'"
-        )
-    if cu_seq_lens_q is None:
-        if _mask_is_replaced:
+    if attention_mask is not None or cu_seq_lens_q is None:
+        if attention_mask is None and _longest_segment is not None:
             raise RuntimeError(
                 f"{type(module).__name__} did not receive the borders of the packed samples "
                 "(cu_seq_lens_q), so they would see each other; load the model with attn='sdpa'"
@@ -109,17 +120,20 @@ def packed_sdpa_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if kwargs.get("softcap") is not None:
+        raise ValueError(
+            f"attention {PACKED_SDPA!r} got softcap={kwargs['softcap']}, which torch's sdpa cannot "
+            "do; load the model with attn='eager' or, on a GPU, attn='flash_attention_2'"
+        )
     varlen = _varlen_kernel(query, dropout)
     if varlen is not None:
-        return _by_one_kernel(
-            varlen, query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window
-        ), None
+        return _by_one_kernel(varlen, query, key, value, cu_seq_lens_q, max_length_q, scaling), None
     groups = getattr(module, "num_key_value_groups", 1)
-    if groups > 1:  # torch's CPU kernel has no grouped heads; on CUDA fp32 this is a small copy
+    if groups > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     lengths = _lengths_per_row(cu_seq_lens_q.tolist(), query.shape[0], query.shape[2])
     rows = [
-        _by_segment(q, k, v, row_lengths, dropout, scaling, sliding_window)
+        _by_segment(q, k, v, row_lengths, dropout, scaling)
         for q, k, v, row_lengths in zip(
             query.split(1), key.split(1), value.split(1), lengths, strict=True
         )
@@ -135,8 +149,8 @@ def _lengths_per_row(borders: list[int], num_rows: int, row_length: int) -> list
             rows[start // row_length].append(end - start)
     if any(sum(row) != row_length for row in rows):
         raise ValueError(
-            f"cu_seqlens {borders} do not tile {num_rows} x {row_length} tokens; segments must start "
-            "at 0, follow each other and not run over the end of a row (check the collator)"
+            f"cu_seqlens {borders} do not tile {num_rows} x {row_length} tokens; segments must "
+            "start at 0, follow each other and not run over the end of a row (check the collator)"
         )
     return rows
 
@@ -148,31 +162,19 @@ def _by_segment(
     lengths: list[int],
     dropout: float,
     scaling: float | None,
-    sliding_window: int | None,
 ) -> Tensor:
     """One row: query, key, value float [1, H, T, D] -> float [1, T, H, D]."""
-    outputs = []
     # split, not slices: its backward is one concatenation instead of one zero-filled tensor each.
     parts = zip(
         query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
     )
-    for q, k, v in parts:
-        length = q.shape[2]
-        mask = None
-        if sliding_window is not None and length > sliding_window:
-            mask = _window_mask(length, sliding_window, q.device)
-        out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
-        )
-        outputs.append(out.transpose(1, 2))
+    outputs = [
+        scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, scale=scaling, is_causal=True
+        ).transpose(1, 2)
+        for q, k, v in parts
+    ]
     return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """bool [length, length], True where token q may see token k: q - window < k <= q."""
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < window)
 
 
 def _by_one_kernel(
@@ -183,14 +185,12 @@ def _by_one_kernel(
     cu_seqlens: Tensor,
     longest: int | None,
     scaling: float | None,
-    sliding_window: int | None,
 ) -> Tensor:
     """All segments in one call; query, key, value float [B, H, T, D] -> float [B, T, H, D]."""
     batch, _, tokens, _ = query.shape
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [B * T, H, D]
     longest = longest or int(cu_seqlens.diff().max())
     cu_seqlens = cu_seqlens.to(query.device, torch.int32)
-    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     out = varlen(
         *flat,
         cu_seqlens,
@@ -198,7 +198,7 @@ def _by_one_kernel(
         longest,
         longest,
         scale=scaling,
-        window_size=window,
+        window_size=(-1, 0),  # causal
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.unflatten(0, (batch, tokens))

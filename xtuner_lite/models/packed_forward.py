@@ -49,12 +49,13 @@ def packed_hidden_states(
         # Without an attention mask transformers isolates segments by their restarting position_ids.
         out = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return out.last_hidden_state
-    with no_packing_mask():
+    segments = segment_kwargs(cu_seqlens)
+    with no_packing_mask(segments["max_length_q"]):
         out = decoder(
             input_ids=input_ids.reshape(1, -1),
             position_ids=position_ids.reshape(1, -1),
             use_cache=False,
-            **segment_kwargs(cu_seqlens),
+            **segments,
         )
     return out.last_hidden_state.reshape(*input_ids.shape, -1)
 
@@ -132,5 +133,6 @@ def model_logits(
     base = unwrap_adapter(llm)
     if not takes_segments(llm):
         return base(**inputs).logits[0]
-    with no_packing_mask():
-        return base(**inputs, **segment_kwargs(cu_seqlens)).logits[0]
+    segments = segment_kwargs(cu_seqlens)
+    with no_packing_mask(segments["max_length_q"]):
+        return base(**inputs, **segments).logits[0]

