@@ -67,7 +67,7 @@ class ThroughputHook(Hook):
         if total["num_steps"] == 0:
             return
         runner.logger.info(
-            f"trained {total['num_steps']} steps, {total['num_tokens']} tokens "
+            f"trained {total['num_steps']} steps, {total['num_tokens']:.0f} tokens "
             f"({total['num_units']:.0f} units of loss) in {format_duration(total['step_time_s'])}: "
             f"{format_number(total['num_tokens'] / total['step_time_s'])} tokens/s, "
             f"peak memory {format_bytes(peak_memory_bytes())}"

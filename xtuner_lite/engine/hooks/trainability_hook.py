@@ -74,8 +74,8 @@ class TrainabilityReportHook(Hook):
         self._num_trainable, self._num_updates, self._first_step = len(self._pending), 0, True
         if not self._pending:
             raise ValueError(
-                "the model has no trainable parameter: everything is frozen. Give model a lora=..., "
-                "or drop what freezes it (freeze_llm and the like)."
+                "the model has no trainable parameter: all is frozen. Give model a lora=..., or "
+                "drop what freezes it (freeze_llm and the like)."
             )
 
     def before_optimizer_step(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
@@ -125,15 +125,15 @@ class TrainabilityReportHook(Hook):
             raise RuntimeError(
                 f"step {runner.iter + 1}: none of the {self._num_trainable} trainable tensors got "
                 f"a gradient ({collapse_names(without)}). The loss does not depend on them: look "
-                "for a detach() or no_grad in the method, or for wrong target_modules of the adapter."
+                "for a detach() or no_grad in the method, or wrong target_modules of the adapter."
             )
         waiting = [n for n in without if _waits_for_lora_b(n, runner.model)]
         missing = sorted(set(without) - set(waiting))
         if missing:
             runner.logger.warning(
                 f"step {runner.iter + 1}: {len(missing)} of {self._num_trainable} trainable "
-                f"tensors got no gradient, or only zeros: {collapse_names(missing)}. Nothing in this "
-                "step's data reaches them."
+                f"tensors got no gradient, or only zeros: {collapse_names(missing)}. Nothing in "
+                "this step's data reaches them."
             )
         if waiting:
             runner.logger.info(
