@@ -96,8 +96,8 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, parts: TemplateParts, name
         raise TemplateError(
             f"template {name} needs the tokens {', '.join(missing)}, which the tokenizer "
             f"{tokenizer.name_or_path or type(tokenizer).__name__!r} does not have; the model "
-            "never saw them. Use a template made for this model, the tokenizer's own (template=None), or "
-            "'default', which needs none."
+            "never saw them. Use a template made for this model, the tokenizer's own "
+            "(template=None), or 'default', which needs none."
         )
     if "{eos}" in parts.suffix and not tokenizer.eos_token:
         raise TemplateError(

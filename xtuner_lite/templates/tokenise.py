@@ -180,7 +180,7 @@ def _encode_in_pieces(tokenizer: PreTrainedTokenizerBase, layout: Layout) -> Enc
     if encoded.input_ids.tolist() != list(whole):
         raise TemplateError(
             f"{type(tokenizer).__name__} is a slow tokenizer (no character offsets), and its "
-            "tokens of the pieces of a conversation differ from those of the whole, so the loss mask "
-            "cannot be proved. Use the model's fast tokenizer (use_fast=True; tokenizer.json)."
+            "tokens of the pieces of a conversation differ from those of the whole, so the loss "
+            "mask cannot be proved. Use the model's fast tokenizer (use_fast=True; tokenizer.json)."
         )
     return encoded
