@@ -31,6 +31,7 @@ from xtuner_lite.models.hub import resolve_model_path
 HERE = Path(__file__).resolve().parent
 PEER = "trl-1.16.0"
 SIDES = ("trl", "xtuner_lite")
+WORDS = ("light", "water", "small", "answer", "gives", "reason", "people", "green", "time", "of")
 
 
 def parse_args() -> argparse.Namespace:
@@ -89,27 +90,10 @@ def read_rows(data: str | None, num_rows: int) -> list[dict[str, str]]:
     """The first rows of an Alpaca file; without one, rows of made-up words of similar lengths."""
     if data:
         return json.loads(Path(data).read_text(encoding="utf-8"))[:num_rows]
-    words = [
-        "the",
-        "a",
-        "of",
-        "to",
-        "and",
-        "in",
-        "light",
-        "water",
-        "small",
-        "answer",
-        "gives",
-        "reason",
-        "people",
-        "green",
-        "time",
-    ]
     rng = random.Random(0)
 
     def text(mean: float) -> str:
-        return " ".join(rng.choices(words, k=max(3, int(rng.expovariate(1 / mean)))))
+        return " ".join(rng.choices(WORDS, k=max(3, int(rng.expovariate(1 / mean)))))
 
     return [
         {
