@@ -28,9 +28,7 @@ class Outputs(Hook):
 
 def toy_loader(**data: Any) -> dict[str, Any]:
     """A dataloader section over ToyData, 2 samples a micro-batch."""
-    return dict(
-        dataset=dict(type=ToyData, **data), batch_size=2, collate_fn=dict(type=toy_collate)
-    )
+    return dict(dataset=dict(type=ToyData, **data), batch_size=2, collate_fn=dict(type=toy_collate))
 
 
 def train(work_dir: Path, hooks: dict[str, Any], **changes: Any) -> tuple[Runner, Outputs]:
