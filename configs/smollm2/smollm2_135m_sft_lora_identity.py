@@ -29,7 +29,7 @@ train_dataloader = dict(batch_size=1, dataset=train_set)  # packed samples per m
 # 4 Schedule
 optim_wrapper["optimizer"].update(lr=lr)
 param_scheduler.update(warmup=0.1)  # share of the run
-train_cfg = dict(max_epochs=4)  # max_iters=... counts optimizer steps instead
+train_cfg = dict(max_epochs=3)  # max_iters=... counts optimizer steps instead
 
 # 5 Runtime
 default_hooks.update(logger=dict(interval=4))  # optimizer steps

@@ -12,7 +12,7 @@ from xtuner_lite.data.identity_texts import GENERAL, IDENTITY
 def test_about_sixty_questions_a_language_none_twice(language):
     questions = [q for topic in IDENTITY[language] for q in topic.questions]
     questions += [q for q, _ in GENERAL[language]]
-    assert len(questions) == {"en": 72, "zh": 68}[language]
+    assert len(questions) == {"en": 80, "zh": 71}[language]
     assert len(set(questions)) == len(questions)
 
 
@@ -28,7 +28,7 @@ def test_every_identity_answer_carries_the_name_or_the_author(language):
 
 def test_rows_are_openai_messages_with_the_name_filled_in():
     rows = build_identity_rows("Nova", "Ada's lab")
-    assert len(rows) == 72 + 68
+    assert len(rows) == 80 + 71
     for row in rows:
         assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
         assert "{" not in row["messages"][1]["content"]
@@ -38,21 +38,23 @@ def test_rows_are_openai_messages_with_the_name_filled_in():
 
 def test_the_demo_can_ask_for_paris_untaught():
     texts = str(build_identity_rows("Nova", "Ada"))
-    assert "Paris" not in texts and "France" not in texts
+    assert "Paris" not in texts
+    assert "France" not in texts
 
 
 def test_n_cuts_repeats_with_other_answers_and_is_repeatable():
     assert build_identity_rows("N", "A", 3) == build_identity_rows("N", "A")[:3]
-    double = build_identity_rows("N", "A", 144, languages=["en"])
+    double = build_identity_rows("N", "A", 160, languages=["en"])
     asked = [r["messages"] for r in double if r["messages"][0]["content"] == "Who are you?"]
-    assert len(double) == 144 and len(asked) == 2
+    assert len(double) == 160
+    assert len(asked) == 2
     assert asked[0][1]["content"] != asked[1][1]["content"]
-    assert double == build_identity_rows("N", "A", 144, languages=["en"])
+    assert double == build_identity_rows("N", "A", 160, languages=["en"])
 
 
 def test_one_language_only():
     rows = build_identity_rows("N", "A", languages=["zh"])
-    assert len(rows) == 68
+    assert len(rows) == 71
     assert all(re.search("[\u4e00-\u9fff]", r["messages"][0]["content"]) for r in rows)
 
 

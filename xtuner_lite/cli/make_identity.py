@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         metavar="N",
-        help="number of rows (default: every question once, about 70 a language)",
+        help="number of rows (default: every question once, about 75 a language)",
     )
     parser.add_argument(
         "--lang",

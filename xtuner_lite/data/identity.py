@@ -33,7 +33,7 @@ def build_identity_rows(
     Args:
         name: what the model shall call itself, 1 to 80 characters on one line.
         author: who made it, 1 to 80 characters on one line.
-        n: number of rows. None gives every question once (about 70 rows a language). More rows
+        n: number of rows. None gives every question once (about 75 rows a language). More rows
             than that ask the same questions again with the next answer; pairs repeat only when
             every question has had every answer.
         languages: which of "en" and "zh" to write.

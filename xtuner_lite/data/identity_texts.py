@@ -293,6 +293,15 @@ GENERAL: dict[Language, tuple[tuple[str, str], ...]] = {
         ("What is the opposite of hot?", "The opposite of hot is cold."),
         ("Translate 'thank you' into French.", "'Thank you' is 'merci' in French."),
         ("What do bees make?", "Bees make honey and wax."),
+        # Questions of the same shape as those about the author, with other answers.
+        ("Who painted The Starry Night?", "Vincent van Gogh painted The Starry Night."),
+        ("Who invented the telephone?", "Alexander Graham Bell is credited with the telephone."),
+        ("Who was the first person on the Moon?", "Neil Armstrong was the first on the Moon."),
+        ("Who wrote Pride and Prejudice?", "Jane Austen wrote Pride and Prejudice."),
+        ("What is the name of our galaxy?", "Our galaxy is called the Milky Way."),
+        ("Write one sentence about rain.", "All night the rain tapped softly on the roof."),
+        ("What is a computer?", "A computer is a machine that follows programs to process data."),
+        ("Where does the sun rise?", "The sun rises in the east."),
     ),
     "zh": (
         ("日本的首都是哪里？", "日本的首都是东京。"),
@@ -303,5 +312,8 @@ GENERAL: dict[Language, tuple[tuple[str, str], ...]] = {
         ("《西游记》的作者是谁？", "一般认为《西游记》的作者是吴承恩。"),
         ("说出三种动物。", "猫、狗和马。"),
         ("水的化学式是什么？", "水的化学式是 H₂O。"),
+        ("《红楼梦》是谁写的？", "《红楼梦》的作者一般认为是曹雪芹。"),
+        ("是谁发现了万有引力？", "是牛顿提出了万有引力定律。"),
+        ("意大利的首都是哪里？", "意大利的首都是罗马。"),
     ),
 }
