@@ -1,8 +1,8 @@
 import re
 from types import SimpleNamespace
 
+import pytest
 import torch
-from pytest import approx
 
 from tests.engine.hooks.toy_run import log_text, train
 from xtuner_lite.engine.hooks.throughput_hook import ThroughputHook, peak_memory_bytes
@@ -11,9 +11,9 @@ from xtuner_lite.engine.hooks.throughput_hook import ThroughputHook, peak_memory
 def test_speeds_fit_together(tmp_path):
     runner, outputs = train(tmp_path, {"throughput": {"type": "ThroughputHook"}})
     for step in outputs.steps:
-        assert step["tokens_per_s"] == approx(step["num_tokens"] / step["step_time_s"])
-        assert step["units_per_s"] == approx(step["num_units"] / step["step_time_s"])
-        assert step["data_share"] == approx(step["data_time_s"] / step["step_time_s"])
+        assert step["tokens_per_s"] == pytest.approx(step["num_tokens"] / step["step_time_s"])
+        assert step["units_per_s"] == pytest.approx(step["num_units"] / step["step_time_s"])
+        assert step["data_share"] == pytest.approx(step["data_time_s"] / step["step_time_s"])
         assert 0 <= step["data_time_s"] <= step["step_time_s"]
         assert step["peak_memory_bytes"] > 10 * 2**20
     history, _ = runner.message_hub.get_scalar("train/tokens_per_s").data

@@ -178,7 +178,7 @@ def format_report(groups: list[ParameterGroup]) -> str:
 
 def collapse_name(name: str) -> str:
     """'model.layers.3.mlp.weight' -> 'model.layers.*.mlp.weight'."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def collapse_names(names: Iterable[str]) -> str:

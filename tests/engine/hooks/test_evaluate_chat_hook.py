@@ -1,0 +1,133 @@
+import json
+import logging
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.tiny import tiny_llama, tiny_tokenizer
+from xtuner_lite.engine.hooks.evaluate_chat_hook import EvaluateChatHook
+
+
+class Texts:
+    def __init__(self):
+        self.texts = []
+
+    def add_text(self, name, text, step):
+        self.texts.append((name, text, step))
+
+
+def make_runner(work_dir):
+    return SimpleNamespace(
+        model=SimpleNamespace(llm=tiny_llama()),
+        tokenizer=tiny_tokenizer(),
+        strategy=SimpleNamespace(forward_context=nullcontext),
+        work_dir=str(work_dir),
+        iter=0,
+        rank=0,
+        logger=logging.getLogger("chat"),
+        visualizer=Texts(),
+    )
+
+
+def train(runner, hook, num_steps=4, start=0):
+    runner.iter = start
+    hook.before_train(runner)
+    for runner.iter in range(start, num_steps):
+        hook.after_train_iter(runner, runner.iter, [], {})
+    runner.iter = num_steps
+    hook.after_train(runner)
+
+
+def records(work_dir):
+    return [json.loads(line) for line in (work_dir / "chat_samples.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def _logged(caplog):
+    caplog.set_level(logging.INFO, logger="chat")
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, [0, 4]),
+        ({"interval": 2}, [0, 2, 4]),  # the last round is not asked twice
+        ({"interval": 3, "at_start": False}, [3, 4]),
+        ({"interval": 3, "at_end": False}, [0, 3]),
+    ],
+)
+def test_when_it_asks(tmp_path, options, steps):
+    runner = make_runner(tmp_path)
+    train(runner, EvaluateChatHook(["Who are you?"], max_new_tokens=2, **options))
+    assert [record["step"] for record in records(tmp_path)] == steps
+    assert [step for _, _, step in runner.visualizer.texts] == steps
+
+
+def test_what_it_keeps(tmp_path, caplog):
+    runner = make_runner(tmp_path)
+    conversation = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "Who are you?"},
+    ]
+    hook = EvaluateChatHook(
+        ["two plus two", conversation], system="Be short.", max_new_tokens=3, at_end=False
+    )
+    train(runner, hook)
+    first, second = records(tmp_path)
+    assert first["messages"] == [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "two plus two"},
+    ]
+    assert second["messages"] == conversation
+    assert "chat after step 0" in caplog.text
+    assert "> two plus two" in caplog.text
+    assert runner.visualizer.texts[0][0] == "chat"
+
+
+def test_training_does_not_notice(tmp_path):
+    runner = make_runner(tmp_path)
+    model = runner.model.llm
+    model.model.layers[0].eval()  # frozen dropout somewhere: each module's own mode must stay
+    model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    before = {
+        "modes": [module.training for module in model.modules()],
+        "gradients": [p.grad.clone() for p in model.parameters()],
+        "random": torch.get_rng_state(),
+    }
+    train(runner, EvaluateChatHook(["Hello"], temperature=1.0, max_new_tokens=4))
+    assert [module.training for module in model.modules()] == before["modes"]
+    assert torch.equal(torch.get_rng_state(), before["random"])
+    for parameter, gradient in zip(model.parameters(), before["gradients"]):
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_a_failure_warns_and_the_other_questions_are_asked(tmp_path, caplog):
+    runner = make_runner(tmp_path)
+    bad = [{"role": "user", "content": "x " * 2000}]  # longer than the model's context
+    train(runner, EvaluateChatHook([bad, "Hello"], max_new_tokens=2, at_end=False))
+    assert "no chat sample after step 0" in caplog.text
+    assert "ValueError" in caplog.text
+    assert [r["messages"][-1]["content"] for r in records(tmp_path)] == ["Hello"]
+
+
+def test_a_resume_keeps_each_round_once(tmp_path):
+    hook = {"questions": ["Hello"], "interval": 2, "max_new_tokens": 2}
+    train(make_runner(tmp_path), EvaluateChatHook(**hook), num_steps=4)
+    train(make_runner(tmp_path), EvaluateChatHook(**hook), num_steps=6, start=2)
+    assert [record["step"] for record in records(tmp_path)] == [0, 2, 4, 6]
+
+
+def test_bad_options_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="questions='Hello'; give a list"):
+        EvaluateChatHook("Hello")
+    with pytest.raises(ValueError, match=r"questions=\[\]"):
+        EvaluateChatHook([])
+    with pytest.raises(ValueError, match="interval=0"):
+        EvaluateChatHook(["Hello"], interval=0)
+    runner = make_runner(tmp_path)
+    runner.tokenizer = None
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        EvaluateChatHook(["Hello"]).before_train(runner)

@@ -1,0 +1,136 @@
+"""Asks the model the same questions again and again while it trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.hooks import Hook
+
+from xtuner_lite.engine.hooks.metrics_log import MetricsLog
+from xtuner_lite.engine.visualization import add_text
+from xtuner_lite.models.generate import generate_reply
+from xtuner_lite.registry import HOOKS
+from xtuner_lite.structures import Message
+
+
+@HOOKS.register_module()
+class EvaluateChatHook(Hook):
+    """Generate replies to some questions before, while and after training.
+
+    Acts before the first step, after every ``interval`` optimizer steps and after the last one. The
+    replies go to the console and the log, to ``work_dir/<file_name>`` (an object a line: step,
+    messages, reply) and as text to the visualizer. Training does not notice: random streams, the
+    mode of every module and the gradients are as before. A reply that fails (out of memory, a
+    template that refuses the messages) makes a warning and never ends the training.
+
+    Args:
+        questions: user turns, or conversations as lists of messages that end with a user turn.
+        interval: optimizer steps between two rounds. None: none on the way.
+        system: system turn before each question given as text. None: what the template does.
+        max_new_tokens: longest reply, in tokens.
+        temperature: 0 takes the likeliest token each time, so that rounds can be compared.
+        seed: of the replies' own random stream, when temperature is above 0.
+        at_start: a round before the first step. Not after a resume.
+        at_end: a round after the last step.
+        file_name: the JSON lines file in ``work_dir``.
+
+    Raises:
+        ValueError: no questions, an interval below 1, or (before training) no tokenizer.
+    """
+
+    priority = "LOWEST"  # after the checkpoint: should it kill the process, the step is saved
+
+    def __init__(
+        self,
+        questions: Sequence[str | list[Message]],
+        interval: int | None = None,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+        at_start: bool = True,
+        at_end: bool = True,
+        file_name: str = "chat_samples.jsonl",
+    ) -> None:
+        if isinstance(questions, str) or not questions:
+            raise ValueError(
+                f"EvaluateChatHook: questions={questions!r}; give a list, e.g. ['Who are you?']"
+            )
+        if interval is not None and interval < 1:
+            raise ValueError(f"EvaluateChatHook: interval={interval!r}; use 1 or more, or None")
+        self.conversations = [_as_messages(question, system) for question in questions]
+        self.interval, self.at_start, self.at_end = interval, at_start, at_end
+        self.options = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "seed": seed,
+        }
+        self.file_name = file_name
+        self._log: MetricsLog | None = None
+        self._steps_done = 0
+        self._last_round: int | None = None
+
+    def before_train(self, runner) -> None:
+        """Opens the file; asks the untrained model."""
+        if runner.tokenizer is None:
+            raise ValueError("EvaluateChatHook needs a tokenizer; add tokenizer=... to the config")
+        self._steps_done = runner.iter
+        if runner.rank == 0:
+            self._log = MetricsLog(Path(runner.work_dir) / self.file_name, runner.iter)
+        if self.at_start and runner.iter == 0:
+            self._ask_all(runner)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Asks at every ``interval``-th optimizer step."""
+        self._steps_done = runner.iter + 1
+        if self.interval is not None and self._steps_done % self.interval == 0:
+            self._ask_all(runner)
+
+    def after_train(self, runner) -> None:
+        """Asks the trained model, unless the last step's round did."""
+        if self.at_end and self._last_round != self._steps_done:
+            self._ask_all(runner)
+        if self._log is not None:
+            self._log.close()
+
+    def _ask_all(self, runner) -> None:
+        """One round. All ranks generate, since a sharded model needs them all; one writes."""
+        self._last_round = self._steps_done
+        begin, texts = time.perf_counter(), []
+        for messages in self.conversations:
+            try:
+                with runner.strategy.forward_context():
+                    reply = generate_reply(
+                        runner.model.llm, runner.tokenizer, messages, **self.options
+                    )
+            except Exception as error:  # a sample is never worth a training
+                runner.logger.warning(
+                    f"no chat sample after step {self._steps_done} for "
+                    f"{messages[-1]['content']!r}: {type(error).__name__}: {error}"
+                )
+                continue
+            texts.append(f"  > {messages[-1]['content']}\n  {reply.strip()}")
+            self._write(runner, messages, reply)
+        if texts and runner.rank == 0:
+            text = "\n".join(texts)
+            seconds = time.perf_counter() - begin
+            runner.logger.info(f"chat after step {self._steps_done} ({seconds:.1f} s)\n{text}")
+            add_text(runner.visualizer, "chat", text, self._steps_done)
+
+    def _write(self, runner, messages: list[Message], reply: str) -> None:
+        if self._log is None:
+            return
+        try:
+            self._log.write({"step": self._steps_done, "messages": messages, "reply": reply})
+        except OSError as error:
+            runner.logger.warning(f"cannot write {self._log.path}: {error}; the training goes on")
+
+
+def _as_messages(question: str | list[Message], system: str | None) -> list[Message]:
+    if not isinstance(question, str):
+        return [dict(message) for message in question]
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return [*opening, {"role": "user", "content": question}]
