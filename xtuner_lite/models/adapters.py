@@ -37,7 +37,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig | dict[str, Any]) -> 
     if config.is_prompt_learning:
         raise ValueError(
             f"lora is a {type(config).__name__}, which puts virtual tokens before each prompt, "
-            "and packed samples leave no place for them: use an adapter inside layers (LoraConfig, ...)"
+            "and packed samples leave no place for them: use an adapter inside layers (LoraConfig)"
         )
     names = [getattr(config, key, None) for key in ("target_modules", "target_parameters")]
     if hasattr(config, "target_modules") and not any(names):

