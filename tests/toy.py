@@ -49,7 +49,9 @@ def toy_collate(samples: list[dict[str, Any]], pad_token_id: int | None = None) 
 class ToyMethod(nn.Module):
     """Linear regression with dropout; the loss is the summed squared error, a unit is a sample."""
 
-    def __init__(self, dropout: float = 0.0, tokenizer: Any = None, frozen_bias: bool = False) -> None:
+    def __init__(
+        self, dropout: float = 0.0, tokenizer: Any = None, frozen_bias: bool = False
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(7)
         self.linear = nn.Linear(FEATURES, 1)
@@ -64,9 +66,13 @@ class ToyMethod(nn.Module):
     def forward(self, batch: dict[str, Any]) -> LossOutput:
         mask = batch["y"] != -100
         error = (self.linear(self.dropout(batch["x"])).squeeze(-1).float() - batch["y"]) * mask
-        return LossOutput((error**2).sum(), float(mask.sum()), {"abs_error": error.abs().sum().detach()})
+        return LossOutput(
+            (error**2).sum(), float(mask.sum()), {"abs_error": error.abs().sum().detach()}
+        )
 
-    def save_pretrained(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    def save_pretrained(
+        self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> None:
         save_file(dict(state_dict or self.state_dict()), folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps({"model_type": "toy"}))
 
@@ -84,9 +90,14 @@ def toy_config(work_dir: str | Path, **changes: Any) -> dict[str, Any]:
     config = dict(
         work_dir=str(work_dir),
         model=dict(type=ToyMethod),
-        train_dataloader=dict(dataset=dict(type=ToyData), batch_size=2, collate_fn=dict(type=toy_collate)),
+        train_dataloader=dict(
+            dataset=dict(type=ToyData), batch_size=2, collate_fn=dict(type=toy_collate)
+        ),
         optim_wrapper=dict(
-            optimizer=dict(type="AdamW", lr=0.05), dtype="fp32", accumulative_counts=2, clip_grad=dict(max_norm=1.0)
+            optimizer=dict(type="AdamW", lr=0.05),
+            dtype="fp32",
+            accumulative_counts=2,
+            clip_grad=dict(max_norm=1.0),
         ),
         train_cfg=dict(max_epochs=2),
         randomness=dict(seed=1),

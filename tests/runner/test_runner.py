@@ -76,8 +76,12 @@ def test_accumulation_changes_nothing(tmp_path, batch_size, accumulation):
     def run(name, size, counts):
         return train(
             tmp_path / name,
-            train_dataloader=dict(dataset=dict(type=ToyData), batch_size=size, collate_fn=dict(type=toy_collate)),
-            optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.1), dtype="fp32", accumulative_counts=counts),
+            train_dataloader=dict(
+                dataset=dict(type=ToyData), batch_size=size, collate_fn=dict(type=toy_collate)
+            ),
+            optim_wrapper=dict(
+                optimizer=dict(type="SGD", lr=0.1), dtype="fp32", accumulative_counts=counts
+            ),
         )
 
     reference, expected = run("a", 8, 1)
@@ -90,7 +94,9 @@ def test_accumulation_changes_nothing(tmp_path, batch_size, accumulation):
 NOISY = dict(
     model=dict(type=ToyMethod, dropout=0.3),
     train_dataloader=dict(
-        dataset=dict(type=ToyData, size=11, noise=0.1), batch_size=2, collate_fn=dict(type=toy_collate)
+        dataset=dict(type=ToyData, size=11, noise=0.1),
+        batch_size=2,
+        collate_fn=dict(type=toy_collate),
     ),
     param_scheduler=dict(type="WarmupCosineLR"),
 )
@@ -121,8 +127,13 @@ def test_resume_without_a_seed_takes_the_saved_one(tmp_path):
 
 def test_resume_refuses_other_data_and_another_step_size(tmp_path):
     train(tmp_path)
-    loader = dict(dataset=dict(type=ToyData, size=9), batch_size=1, collate_fn=dict(type=toy_collate))
-    with pytest.raises(CheckpointError, match=r"samples per optimizer step .*: saved 4, now 2; samples in the training data: saved 12, now 9"):
+    loader = dict(
+        dataset=dict(type=ToyData, size=9), batch_size=1, collate_fn=dict(type=toy_collate)
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"samples per optimizer step .*: saved 4, now 2; samples in the training data: saved 12, now 9",
+    ):
         train(tmp_path, train_dataloader=loader, resume=True)
 
 
@@ -135,7 +146,9 @@ def test_resume_of_a_damaged_newest_takes_the_one_before(tmp_path):
 
 
 def test_resume_path_that_is_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere is no checkpoint of a run: manifest.json is missing"):
+    with pytest.raises(
+        CheckpointError, match="nowhere is no checkpoint of a run: manifest.json is missing"
+    ):
         train(tmp_path, resume=str(tmp_path / "nowhere"))
 
 
@@ -147,27 +160,38 @@ def test_resume_with_no_checkpoint_starts_at_zero(tmp_path):
 def test_load_from_takes_weights_only(tmp_path):
     first, _ = train(tmp_path / "a")
     runner, recorder = train(
-        tmp_path / "b", load_from=str(list_checkpoints(tmp_path / "a")[-1]), train_cfg=dict(max_iters=1)
+        tmp_path / "b",
+        load_from=str(list_checkpoints(tmp_path / "a")[-1]),
+        train_cfg=dict(max_iters=1),
     )
     assert recorder.losses[0] < 0.9 * train(tmp_path / "c")[1].losses[0]
 
 
 def test_validation_every_two_steps_and_at_the_end(tmp_path):
-    loader = dict(dataset=dict(type=ToyData, size=5), batch_size=2, collate_fn=dict(type=toy_collate))
+    loader = dict(
+        dataset=dict(type=ToyData, size=5), batch_size=2, collate_fn=dict(type=toy_collate)
+    )
     runner, recorder = train(
-        tmp_path, val_dataloader=loader, train_cfg=dict(max_iters=5, val_interval=2), val_evaluator=dict(type="Perplexity")
+        tmp_path,
+        val_dataloader=loader,
+        train_cfg=dict(max_iters=5, val_interval=2),
+        val_evaluator=dict(type="Perplexity"),
     )
     assert len(recorder.val) == 3
     model = runner.model.eval()
     samples = [runner.val_dataloader.dataset[i] for i in range(5)]
     output = model(toy_collate(samples))
     assert recorder.val[-1]["loss"] == pytest.approx(output.loss_sum.item() / 5, rel=1e-6)
-    assert recorder.val[-1]["abs_error"] == pytest.approx(output.metrics["abs_error"].item() / 5, rel=1e-6)
+    assert recorder.val[-1]["abs_error"] == pytest.approx(
+        output.metrics["abs_error"].item() / 5, rel=1e-6
+    )
     assert recorder.val[-1]["perplexity"] > 1
 
 
 def test_val_and_test_alone(tmp_path):
-    loader = dict(dataset=dict(type=ToyData, size=5), batch_size=2, collate_fn=dict(type=toy_collate))
+    loader = dict(
+        dataset=dict(type=ToyData, size=5), batch_size=2, collate_fn=dict(type=toy_collate)
+    )
     runner = Runner.from_cfg(toy_config(tmp_path, val_dataloader=loader, test_dataloader=loader))
     assert runner.val() == runner.test()
     with pytest.raises(ValueError, match="the config has no test_dataloader"):
@@ -186,7 +210,9 @@ def test_a_skipped_step_leaves_the_weights_alone(tmp_path):
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_nan_never_reaches_the_weights(tmp_path, policy):
-    loader = dict(dataset=dict(type=ToyData, poison=7), batch_size=2, collate_fn=dict(type=toy_collate))
+    loader = dict(
+        dataset=dict(type=ToyData, poison=7), batch_size=2, collate_fn=dict(type=toy_collate)
+    )
     hooks = dict(QUIET, nan_guard=dict(policy=policy))
     runner = Runner.from_cfg(toy_config(tmp_path, train_dataloader=loader, default_hooks=hooks))
     if policy == "stop":
@@ -200,11 +226,17 @@ def test_nan_never_reaches_the_weights(tmp_path, policy):
 def test_a_step_without_targets_is_skipped(tmp_path):
     class Unlabelled(ToyData):
         def __getitem__(self, index):
-            return {**super().__getitem__(index), "labels": super().__getitem__(index)["labels"] * 0 - 100}
+            return {
+                **super().__getitem__(index),
+                "labels": super().__getitem__(index)["labels"] * 0 - 100,
+            }
 
     start = ToyMethod().state_dict()
     runner, recorder = train(
-        tmp_path, train_dataloader=dict(dataset=Unlabelled(), batch_size=2, collate_fn=dict(type=toy_collate))
+        tmp_path,
+        train_dataloader=dict(
+            dataset=Unlabelled(), batch_size=2, collate_fn=dict(type=toy_collate)
+        ),
     )
     assert_equal(weights(runner), start)
 
@@ -214,7 +246,9 @@ def test_a_method_that_counts_two_ways_is_refused(tmp_path):
         def count_units(self, batch):
             return super().count_units(batch) + 1
 
-    with pytest.raises(RuntimeError, match="count_units said 6 units for this step, its forward returned 4"):
+    with pytest.raises(
+        RuntimeError, match="count_units said 6 units for this step, its forward returned 4"
+    ):
         train(tmp_path, model=dict(type=Wrong))
 
 
@@ -240,7 +274,9 @@ def test_a_signal_saves_and_leaves_with_its_code(tmp_path, number, code):
 def test_half_precision_trains_float32_weights(tmp_path, dtype):
     runner, recorder = train(
         tmp_path,
-        optim_wrapper=dict(optimizer=dict(type="AdamW", lr=0.05), dtype=dtype, clip_grad=dict(max_norm=1.0)),
+        optim_wrapper=dict(
+            optimizer=dict(type="AdamW", lr=0.05), dtype=dtype, clip_grad=dict(max_norm=1.0)
+        ),
         train_cfg=dict(max_epochs=6),
     )
     assert runner.model.linear.weight.dtype == torch.float32

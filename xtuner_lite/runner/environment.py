@@ -51,7 +51,11 @@ def describe_environment(runner: Runner) -> str:
         except PackageNotFoundError:
             versions.append(f"{name} not installed")
     device = runner.strategy.device
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    place = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or "CPU"
+    )
     return "\n".join(
         [
             f"xtuner_lite {__version__}, Python {platform.python_version()}, {', '.join(versions)}",
@@ -69,7 +73,11 @@ def compile_layers(model: nn.Module, **options: Any) -> int:
     Raises:
         ValueError: no module of ``model`` says which of its layers repeat.
     """
-    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    names = {
+        name
+        for module in model.modules()
+        for name in getattr(module, "_no_split_modules", None) or ()
+    }
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise ValueError("compile=True found no repeated layers in this model; set compile=False")

@@ -49,7 +49,9 @@ class TrainLoop:
                 "max_epochs counts passes over the data, max_iters optimizer steps"
             )
         if (max_epochs or max_iters or 0) <= 0:
-            raise ValueError(f"train_cfg: max_epochs={max_epochs}, max_iters={max_iters} must be positive")
+            raise ValueError(
+                f"train_cfg: max_epochs={max_epochs}, max_iters={max_iters} must be positive"
+            )
         self.runner = runner
         self.dataloader = dataloader
         steps = len(dataloader)
@@ -88,7 +90,9 @@ class TrainLoop:
         runner.model.train()
         first, epoch_length = self._iter, len(self.dataloader)
         while self._iter < self.max_iters and not self.stop_training:
-            if self._iter % epoch_length == 0 or self._iter == first:  # a resume starts inside an epoch
+            if (
+                self._iter % epoch_length == 0 or self._iter == first
+            ):  # a resume starts inside an epoch
                 runner.call_hook("before_train_epoch")
             self.train_step(next(steps))
             if self._iter % epoch_length == 0 or self._iter == self.max_iters:
@@ -116,7 +120,9 @@ class TrainLoop:
         outputs = totals.summary(num_units, strategy.sum_over_ranks)
         outputs["grad_norm"] = strategy.clip_gradients()
         if num_units == 0:
-            runner.logger.warning(f"step {self._iter + 1} has nothing to learn (0 supervised units); it is skipped")
+            runner.logger.warning(
+                f"step {self._iter + 1} has nothing to learn (0 supervised units); it is skipped"
+            )
             self._skip = True
         runner.call_hook("before_optimizer_step", **hook_args, outputs=outputs)
         if self._skip:
@@ -188,7 +194,9 @@ class EvalLoop:
     def __init__(self, runner: Runner, dataloader: StepDataLoader, evaluator: Any = None) -> None:
         self.runner = runner
         self.dataloader = dataloader
-        configs = evaluator if isinstance(evaluator, (list, tuple)) else [evaluator] if evaluator else []
+        configs = (
+            evaluator if isinstance(evaluator, (list, tuple)) else [evaluator] if evaluator else []
+        )
         self.metrics: list[Metric] = [METRICS.build(dict(type="MeanLoss"))]
         self.metrics += [METRICS.build(cfg) for cfg in configs]
 
@@ -208,7 +216,9 @@ class EvalLoop:
                 output = runner.model(batch)
             for metric in self.metrics:
                 metric.update(batch, output)
-            runner.call_hook(f"after_{stage}_iter", batch_idx=index, data_batch=batch, outputs=[output])
+            runner.call_hook(
+                f"after_{stage}_iter", batch_idx=index, data_batch=batch, outputs=[output]
+            )
         results: dict[str, float] = {}
         for metric in self.metrics:
             results.update(metric.compute(runner.strategy.sum_over_ranks))

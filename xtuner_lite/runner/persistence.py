@@ -32,7 +32,10 @@ _MUST_MATCH = {
 
 def write_run(runner: Runner, folder: Path) -> None:
     """Put everything of the run into the empty checkpoint ``folder``."""
-    checkpoint: dict[str, Any] = {"state_dict": runner.model.state_dict(), "meta": describe_run(runner)}
+    checkpoint: dict[str, Any] = {
+        "state_dict": runner.model.state_dict(),
+        "meta": describe_run(runner),
+    }
     runner.call_hook("before_save_checkpoint", checkpoint=checkpoint)
     meta, weights = checkpoint.pop("meta"), checkpoint.pop("state_dict")
     runner.model.save_pretrained(folder, weights)
@@ -118,7 +121,9 @@ def resume_run(runner: Runner, path: Path) -> None:
         if name in hooks:
             hooks[name].load_state_dict(saved)
         else:
-            runner.logger.warning(f"the checkpoint holds state of hook {name}, which this run does not have")
+            runner.logger.warning(
+                f"the checkpoint holds state of hook {name}, which this run does not have"
+            )
     runner.train_loop.start_from(meta["iter"])
     load_random_state(state["random"])
 
@@ -169,7 +174,9 @@ def _check_same_run(now: dict[str, Any], saved: dict[str, Any], path: Path) -> N
     ]
     if different:
         raise CheckpointError(
-            f"{path} cannot be resumed exactly; what differs: " + "; ".join(different) + ". Put these settings "
+            f"{path} cannot be resumed exactly; what differs: "
+            + "; ".join(different)
+            + ". Put these settings "
             "back, or start a new run from its weights with --load-from."
         )
 
@@ -185,7 +192,9 @@ def _consumed_samples(plan: Any, num_steps: int) -> int:
 def _stateful_hooks(runner: Runner) -> list[tuple[str, Any]]:
     named, seen = [], {}
     for hook in runner.hooks:
-        if callable(getattr(hook, "state_dict", None)) and callable(getattr(hook, "load_state_dict", None)):
+        if callable(getattr(hook, "state_dict", None)) and callable(
+            getattr(hook, "load_state_dict", None)
+        ):
             name = type(hook).__name__
             seen[name] = seen.get(name, 0) + 1
             named.append((name if seen[name] == 1 else f"{name}#{seen[name]}", hook))

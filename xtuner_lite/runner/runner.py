@@ -12,7 +12,6 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
-from mmengine.runner.priority import get_priority
 from torch import nn
 
 from xtuner_lite.data.dataloader import StepDataLoader, build_dataloader
@@ -25,11 +24,11 @@ from xtuner_lite.engine.checkpoint import (
     write_checkpoint,
 )
 from xtuner_lite.engine.distributed import set_randomness
-from xtuner_lite.engine.hooks import DEFAULT_HOOKS
 from xtuner_lite.engine.optim import OptimWrapper
 from xtuner_lite.engine.strategies.base import Strategy
 from xtuner_lite.engine.visualization import build_visualizer
-from xtuner_lite.registry import HOOKS, LOOPS, MODELS, PARAM_SCHEDULERS, RUNNERS, STRATEGIES
+from xtuner_lite.registry import LOOPS, MODELS, PARAM_SCHEDULERS, RUNNERS, STRATEGIES
+from xtuner_lite.runner.contract import HookContract, merge_default_hooks
 from xtuner_lite.runner.environment import apply_env, compile_layers, describe_environment
 from xtuner_lite.runner.loops import EvalLoop, TestLoop, TrainLoop, ValLoop
 from xtuner_lite.runner.persistence import read_meta, resume_run, write_run
@@ -37,7 +36,7 @@ from xtuner_lite.runner.signals import SignalWatch, TrainingInterrupted
 
 
 @RUNNERS.register_module()
-class Runner:
+class Runner(HookContract):
     """Assembles a run from a config's sections and executes it; keeps MMEngine's contract for hooks.
 
     Every argument is the config section of the same name; objects may be given instead of configs.
@@ -105,7 +104,12 @@ class Runner:
         runner_type: str = "Runner",
         cfg: Config | None = None,
     ) -> None:
-        del custom_imports, plugins, default_scope, runner_type  # handled where the config is loaded
+        del (
+            custom_imports,
+            plugins,
+            default_scope,
+            runner_type,
+        )  # handled where the config is loaded
         if launcher != "none":
             raise ValueError(f"launcher={launcher!r} is not known; allowed: 'none'")
         self.cfg = cfg
@@ -133,7 +137,7 @@ class Runner:
         self._log_level = log_level
         apply_env(**(env_cfg or {}))
         self.hooks: list[Hook] = []
-        for hook in [*_merge_default_hooks(default_hooks).values(), *(custom_hooks or [])]:
+        for hook in [*merge_default_hooks(default_hooks).values(), *(custom_hooks or [])]:
             self.register_hook(hook)
         self.strategy: Strategy = STRATEGIES.build(strategy or dict(type="SingleDevice"))
         self.seed: int = 0
@@ -198,7 +202,9 @@ class Runner:
     def prepare_data(self) -> StepDataLoader:
         """Build the tokenizer and the training data only; no model is loaded, no file is written."""
         self.logger = MMLogger(self.experiment_name, log_level=self._log_level)
-        self.seed = set_randomness(self._randomness.get("seed"), self._randomness.get("deterministic", False))
+        self.seed = set_randomness(
+            self._randomness.get("seed"), self._randomness.get("deterministic", False)
+        )
         self.train_dataloader = self._build_dataloader("train_dataloader", shuffle=True)
         return self.train_dataloader
 
@@ -208,7 +214,9 @@ class Runner:
         Raises:
             CheckpointError: see engine.checkpoint.write_checkpoint.
         """
-        target = checkpoints_dir(self.work_dir) / checkpoint_name(self.train_loop.num_completed_steps)
+        target = checkpoints_dir(self.work_dir) / checkpoint_name(
+            self.train_loop.num_completed_steps
+        )
         if self._last_saved != target:
             begin = time.perf_counter()
             write_checkpoint(target, lambda folder: write_run(self, folder))
@@ -221,80 +229,10 @@ class Runner:
         if self._signals.received is None:
             return
         path = self.save_checkpoint()
-        self.logger.warning(f"stopped by a signal after step {self.iter}; continue with --resume (saved {path})")
+        self.logger.warning(
+            f"stopped by a signal after step {self.iter}; continue with --resume (saved {path})"
+        )
         raise TrainingInterrupted(self._signals.received)
-
-    # --- hooks ---------------------------------------------------------------------------------------
-
-    def register_hook(self, hook: Hook | dict[str, Any], priority: str | int | None = None) -> None:
-        """Add a hook, after those of the same priority.
-
-        Raises:
-            TypeError: neither a Hook nor its config.
-        """
-        if isinstance(hook, dict):
-            hook = dict(hook)
-            priority = hook.pop("priority", priority)
-            hook = HOOKS.build(hook)
-        if not isinstance(hook, Hook):
-            raise TypeError(f"a hook must be an mmengine Hook or its config, got {type(hook).__name__}")
-        hook.priority = priority if priority is not None else hook.priority
-        rank = get_priority(hook.priority)
-        position = sum(1 for other in self.hooks if get_priority(other.priority) <= rank)
-        self.hooks.insert(position, hook)
-
-    def call_hook(self, stage: str, **kwargs: Any) -> None:
-        """Call ``stage`` on every hook that has it, in order of priority."""
-        for hook in self.hooks:
-            function = getattr(hook, stage, None)
-            if function is not None:
-                function(self, **kwargs)
-
-    # --- what hooks read (MMEngine's names) --------------------------------------------------------------
-
-    @property
-    def iter(self) -> int:
-        """0-based optimizer step during a step; steps done between steps."""
-        return self.train_loop.iter if self.train_loop else 0
-
-    @property
-    def epoch(self) -> int:
-        """0-based epoch."""
-        return self.train_loop.epoch if self.train_loop else 0
-
-    @property
-    def max_iters(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.train_loop.max_iters if self.train_loop else 0
-
-    @property
-    def max_epochs(self) -> int:
-        """Epochs of the whole run, the last one perhaps cut short."""
-        return self.train_loop.max_epochs if self.train_loop else 0
-
-    @property
-    def rank(self) -> int:
-        """This process's number."""
-        return self.strategy.rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self.strategy.world_size
-
-    @property
-    def log_dir(self) -> Path:
-        """Folder of this launch's logs: work_dir/<timestamp>."""
-        return Path(self.work_dir) / self.timestamp
-
-    @property
-    def log_processor(self) -> Any:
-        """mmengine's LogProcessor, for its stock LoggerHook."""
-        if not hasattr(self, "_log_processor"):
-            from mmengine.runner import LogProcessor
-
-            self._log_processor = LogProcessor(**{"by_epoch": False, **(self._sections["log_processor"] or {})})
-        return self._log_processor
 
     # --- building ----------------------------------------------------------------------------------------
 
@@ -309,14 +247,18 @@ class Runner:
             log_file=str(self.log_dir / "run.log"),
             log_level=self._log_level,
         )
-        self.message_hub = MessageHub.get_instance(f"{self.experiment_name}-{self.timestamp}-{id(self)}")
+        self.message_hub = MessageHub.get_instance(
+            f"{self.experiment_name}-{self.timestamp}-{id(self)}"
+        )
         checkpoint = self._find_resume_checkpoint() if stage == "train" else None
         seed = self._randomness.get("seed")
         if checkpoint is not None and seed is None:
             seed = read_meta(checkpoint)["seed"]
         self.seed = set_randomness(seed, self._randomness.get("deterministic", False))
         self.logger.info(describe_environment(self))
-        self.visualizer = build_visualizer(self._sections["visualizer"], str(self.log_dir), cfg=self.cfg)
+        self.visualizer = build_visualizer(
+            self._sections["visualizer"], str(self.log_dir), cfg=self.cfg
+        )
         return checkpoint
 
     def _find_resume_checkpoint(self) -> Path | None:
@@ -329,7 +271,9 @@ class Runner:
             return path
         path = newest_valid_checkpoint(self.work_dir, self.logger.warning)
         if path is None:
-            self.logger.warning(f"resume: no checkpoint in {self.work_dir} yet; this run starts at step 0")
+            self.logger.warning(
+                f"resume: no checkpoint in {self.work_dir} yet; this run starts at step 0"
+            )
         return path
 
     def _build_dataloader(self, name: str, *, shuffle: bool = False) -> StepDataLoader | None:
@@ -352,13 +296,17 @@ class Runner:
         if ledger is not None:
             self.logger.info(f"{name}:\n{ledger.report()}")
             if self.log_dir.is_dir():
-                (self.log_dir / f"{name}_ledger.json").write_text(json.dumps(ledger.to_dict(), indent=1))
+                (self.log_dir / f"{name}_ledger.json").write_text(
+                    json.dumps(ledger.to_dict(), indent=1)
+                )
         return loader
 
     def _build_model(self, *, train: bool) -> None:
         if self.tokenizer is None and self._sections["tokenizer"] is not None:
             self.tokenizer = MODELS.build(self._sections["tokenizer"], config_key="tokenizer")
-        self.model = MODELS.build(self._sections["model"], config_key="model", tokenizer=self.tokenizer)
+        self.model = MODELS.build(
+            self._sections["model"], config_key="model", tokenizer=self.tokenizer
+        )
         if self._load_from is not None:
             self.model.load_pretrained(self._load_from)
             self.logger.info(f"weights loaded from {self._load_from}")
@@ -376,7 +324,9 @@ class Runner:
 
     def _build_train_loop(self) -> None:
         section = {"type": "TrainLoop", **(self._sections["train_cfg"] or {})}
-        self.train_loop = LOOPS.build(section, config_key="train_cfg", runner=self, dataloader=self.train_dataloader)
+        self.train_loop = LOOPS.build(
+            section, config_key="train_cfg", runner=self, dataloader=self.train_dataloader
+        )
         if not isinstance(self.train_loop, TrainLoop):
             raise TypeError(
                 f"train_cfg.type built a {type(self.train_loop).__module__}.{type(self.train_loop).__name__}; a loop "
@@ -395,7 +345,9 @@ class Runner:
             )
             self.param_schedulers.append(scheduler)
 
-    def _build_eval_loop(self, stage: str, default: type[EvalLoop], dataloader: StepDataLoader) -> EvalLoop:
+    def _build_eval_loop(
+        self, stage: str, default: type[EvalLoop], dataloader: StepDataLoader
+    ) -> EvalLoop:
         section = {"type": default, **(self._sections[f"{stage}_cfg"] or {})}
         return LOOPS.build(
             section,
@@ -424,16 +376,3 @@ class Runner:
 def _config_name(cfg: Any) -> str:
     filename = getattr(cfg, "filename", None)
     return Path(filename).stem if filename else "run"
-
-
-def _merge_default_hooks(given: dict[str, Any] | None) -> dict[str, Any]:
-    """DEFAULT_HOOKS with a config's changes; a value with a type of its own replaces the default."""
-    hooks: dict[str, Any] = {name: dict(cfg) for name, cfg in DEFAULT_HOOKS.items()}
-    for name, change in (given or {}).items():
-        if change is None:
-            hooks.pop(name, None)
-        elif isinstance(change, dict) and "type" not in change and name in hooks:
-            hooks[name] = {**hooks[name], **change}
-        else:
-            hooks[name] = change
-    return hooks
