@@ -4,8 +4,8 @@ import pickle
 from types import SimpleNamespace
 
 import pytest
-from tests.tiny import tiny_tokenizer
 
+from tests.tiny import tiny_tokenizer
 from xtuner_lite.templates import ChatTemplate, TemplateError, apply_template, stop_token_ids
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

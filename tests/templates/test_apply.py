@@ -1,8 +1,8 @@
 """Presets, dicts of parts and .jinja files become the tokenizer's own template."""
 
 import pytest
-from tests.tiny import CHATML, tiny_tokenizer
 
+from tests.tiny import CHATML, tiny_tokenizer
 from xtuner_lite.registry import TEMPLATES, describe
 from xtuner_lite.templates import ChatTemplate, TemplateError, apply_template, preset_names
 from xtuner_lite.templates.apply import preset

@@ -1,8 +1,8 @@
 """Spans are proved by prefix renders; what cannot be proved stops with the place named."""
 
 import pytest
-from tests.tiny import tiny_tokenizer
 
+from tests.tiny import tiny_tokenizer
 from xtuner_lite.templates.adapter import ChatTemplate
 from xtuner_lite.templates.layout import (
     Renderer,

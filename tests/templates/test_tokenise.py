@@ -4,8 +4,8 @@ import random
 
 import numpy as np
 import pytest
-from tests.tiny import tiny_tokenizer
 
+from tests.tiny import tiny_tokenizer
 from xtuner_lite.structures import IGNORE_INDEX
 from xtuner_lite.templates.adapter import ChatTemplate
 from xtuner_lite.templates.layout import Layout, Span, TemplateError

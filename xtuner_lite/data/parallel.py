@@ -29,8 +29,10 @@ def encode_chunks(
         for chunk in chunks:
             yield encoder.encode(chunk)
         return
-    # spawn: forking a process whose tokenizer, BLAS or CUDA threads have run can deadlock
-    context = multiprocessing.get_context("spawn")
+    # fork where there is one: it starts at once and takes map functions that cannot be pickled
+    # (lambdas, plug-in files). The children run no torch and no tokenizer threads.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
     with ProcessPoolExecutor(num_proc, context, _start, (encoder,)) as pool:
         waiting: list[Future[EncodedRows]] = []
         for chunk in chunks:

@@ -140,7 +140,7 @@ def _nearest(path: Path) -> str:
         names = sorted(p.name for p in folder.iterdir())
     except OSError:
         return ""
-    near = difflib.get_close_matches(missing, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(missing, names, n=2, cutoff=0.6)
     if near:
         return "; did you mean " + " or ".join(repr(str(folder / n)) for n in near) + "?"
     return f"; {str(folder)!r} holds {', '.join(names[:8]) or 'nothing'}"

@@ -1,0 +1,99 @@
+"""Every file type gives its rows with their true lines, and a reason for each row it cannot read."""
+
+import gzip
+import json
+
+import pytest
+
+from xtuner_lite.data.readers import READERS, suffix_of
+
+
+def read(path, content: str | bytes):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(READERS[suffix_of(path)](path))
+
+
+def test_json_array_gives_the_line_of_each_element(tmp_path):
+    text = '[\n  {"a": 1},\n\n  {"a":\n 2}, {"a": "x\\n"}\n]\n'
+    assert read(tmp_path / "a.json", text) == [
+        (2, {"a": 1}, None),
+        (4, {"a": 2}, None),
+        (5, {"a": "x\n"}, None),
+    ]
+    assert read(tmp_path / "a.json", b"\xef\xbb\xbf[{}]") == [(1, {}, None)]
+    assert read(tmp_path / "a.json", "[ ]") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        ('[{"a": 1},\n{"a": }]', 2, "not valid JSON: Expecting value at column 7"),
+        ('[{"a": 1}\n{"a": 2}]', 2, r"expected ',' or '\]', found '\{'"),
+        ('[{"a": 1},\n{"a": 2}', 2, "found the end of the file"),
+        ('[{"a": 1},\n' + "[" * 200_000, 2, "nested too deeply"),
+    ],
+)
+def test_a_broken_array_gives_the_rows_before_the_break(tmp_path, text, line, reason):
+    rows = read(tmp_path / "a.json", text)
+    assert rows[0] == (1, {"a": 1}, None)
+    assert rows[-1][:2] == (line, None)
+    assert pytest.raises(AssertionError, match=reason) and __import__("re").search(
+        reason, rows[-1][2]
+    )
+    assert "rest of the array cannot be read" in rows[-1][2]
+
+
+def test_json_lines_under_the_name_json_and_a_single_object(tmp_path):
+    assert read(tmp_path / "a.json", '{"a": 1}\n{"a": 2}\n') == [
+        (1, {"a": 1}, None),
+        (2, {"a": 2}, None),
+    ]
+    assert read(tmp_path / "a.json", '\n{"a":\n 1}') == [(2, {"a": 1}, None)]
+
+
+def test_jsonl_goes_on_behind_a_bad_line(tmp_path):
+    content = (
+        b'\xef\xbb\xbf{"a": 1}\r\n\n{"a": \n{"a": "\xff"}\n5\n' + b"[" * 200_000 + b'\n{"a": 6}'
+    )
+    rows = read(tmp_path / "a.jsonl", content)
+    assert [(line, data) for line, data, _ in rows] == [
+        (1, {"a": 1}), (3, None), (4, None), (5, 5), (6, None), (7, {"a": 6}),
+    ]  # fmt: skip
+    assert rows[1][2] == "not valid JSON: Expecting value at column 7"
+    assert rows[2][2] == "not UTF-8 text: byte 0xff at 7"
+    assert rows[4][2] == "not valid JSON: nested too deeply"
+
+
+def test_gz(tmp_path):
+    rows = [{"text": "é"}, {"text": "b"}]
+    packed = gzip.compress("\n".join(json.dumps(row) for row in rows).encode())
+    assert read(tmp_path / "a.jsonl.gz", packed) == [(1, rows[0], None), (2, rows[1], None)]
+    assert "cannot be read further" in read(tmp_path / "b.jsonl.gz", packed[:-12])[-1][2]
+    assert "Not a gzipped file" in read(tmp_path / "c.json.gz", b"[{}]")[0][2]
+
+
+def test_csv_and_tsv(tmp_path):
+    text = 'a,b\n1,"x\ny"\n2,z\n3\n4,5,6\n'
+    rows = read(tmp_path / "a.csv", text)
+    assert rows[:2] == [(2, {"a": "1", "b": "x\ny"}, None), (4, {"a": "2", "b": "z"}, None)]
+    assert rows[2] == (5, None, "1 fields, the header names 2")
+    assert rows[3] == (6, None, "3 fields, the header names 2")
+    assert read(tmp_path / "a.tsv", "a\tb\n1\t2\n") == [(2, {"a": "1", "b": "2"}, None)]
+    assert "not UTF-8" in read(tmp_path / "b.csv", b"a,b\n1,\xff\n")[-1][2]
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), file)
+    assert list(READERS[".parquet"](file)) == [(1, {"text": "a"}, None), (2, {"text": "b"}, None)]
+    assert "not a readable parquet file" in read(tmp_path / "b.parquet", b"PAR1xxxxPAR1")[0][2]
+
+
+def test_txt_is_one_text_a_line(tmp_path):
+    assert read(tmp_path / "a.txt", "one\r\n\n two\n") == [
+        (1, {"text": "one"}, None),
+        (3, {"text": " two"}, None),
+    ]
