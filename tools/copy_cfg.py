@@ -1,0 +1,11 @@
+"""`python tools/copy_cfg.py ...` is `xtuner-lite copy-cfg ...`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from xtuner_lite.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["copy-cfg", *sys.argv[1:]]))
