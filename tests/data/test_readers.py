@@ -1,7 +1,8 @@
-"""Every file type gives its rows with their true lines, and a reason for each row it cannot read."""
+"""Every file type gives its rows with their true lines, and a reason for each bad one."""
 
 import gzip
 import json
+import re
 
 import pytest
 
@@ -37,9 +38,7 @@ def test_a_broken_array_gives_the_rows_before_the_break(tmp_path, text, line, re
     rows = read(tmp_path / "a.json", text)
     assert rows[0] == (1, {"a": 1}, None)
     assert rows[-1][:2] == (line, None)
-    assert pytest.raises(AssertionError, match=reason) and __import__("re").search(
-        reason, rows[-1][2]
-    )
+    assert re.search(reason, rows[-1][2])
     assert "rest of the array cannot be read" in rows[-1][2]
 
 
@@ -84,10 +83,10 @@ def test_csv_and_tsv(tmp_path):
 
 def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
 
     file = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), file)
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), file)
     assert list(READERS[".parquet"](file)) == [(1, {"text": "a"}, None), (2, {"text": "b"}, None)]
     assert "not a readable parquet file" in read(tmp_path / "b.parquet", b"PAR1xxxxPAR1")[0][2]
 
