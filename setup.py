@@ -8,7 +8,9 @@ from setuptools import find_namespace_packages, find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "xtuner_lite/version.py").read_text())[1]
 CONFIG_PACKAGES = ["xtuner_lite.configs"] + [
-    f"xtuner_lite.configs.{name}" for name in find_namespace_packages("configs") if "__pycache__" not in name
+    f"xtuner_lite.configs.{name}"
+    for name in find_namespace_packages("configs")
+    if "__pycache__" not in name
 ]
 EXTRAS = {
     "demo": ["gguf>=0.17"],  # reads the demo's model file
@@ -20,7 +22,14 @@ EXTRAS = {
     "swanlab": ["swanlab>=0.6"],
     "modelscope": ["modelscope>=1.25"],
 }
-EXTRAS["dev"] = ["pytest>=8", "ruff>=0.9", "codespell>=2.3", "pre-commit>=4", *EXTRAS["demo"], *EXTRAS["tensorboard"]]
+EXTRAS["dev"] = [
+    "pytest>=8",
+    "ruff>=0.9",
+    "codespell>=2.3",
+    "pre-commit>=4",
+    *EXTRAS["demo"],
+    *EXTRAS["tensorboard"],
+]
 
 setup(
     name="xtuner_lite",

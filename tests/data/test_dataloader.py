@@ -20,7 +20,12 @@ class NoisyNumbers(Dataset):
     def __getitem__(self, index):
         self.read.append(index)
         noise = float(torch.rand(1)) + float(np.random.rand())
-        return {"index": index, "noise": noise, "labels": np.array([1, 2]), "row_ids": [f"r{index}"]}
+        return {
+            "index": index,
+            "noise": noise,
+            "labels": np.array([1, 2]),
+            "row_ids": [f"r{index}"],
+        }
 
 
 def collate(samples):
@@ -32,7 +37,9 @@ def collate(samples):
 
 
 def loader(size=10, **kwargs):
-    return build_dataloader(NoisyNumbers(size), collate_fn=collate, **{"batch_size": 2, "seed": 5, **kwargs})
+    return build_dataloader(
+        NoisyNumbers(size), collate_fn=collate, **{"batch_size": 2, "seed": 5, **kwargs}
+    )
 
 
 def test_steps_hold_their_micro_batches():
@@ -65,7 +72,10 @@ def test_a_filler_teaches_nothing():
 
 
 def test_drop_last_with_too_little_data_is_refused():
-    with pytest.raises(ValueError, match=r"drop_last=True leaves no step: the data set has 3 samples and one step takes 4"):
+    with pytest.raises(
+        ValueError,
+        match=r"drop_last=True leaves no step: the data set has 3 samples and one step takes 4",
+    ):
         loader(size=3, drop_last=True, accumulative_counts=2)
 
 

@@ -36,27 +36,36 @@ def test_micro_batches_by_hand():
 
 
 def test_drop_last_leaves_out_the_short_step():
-    plan = StepPlan(EpochSampler(5, shuffle=False), batch_size=2, accumulative_counts=2, drop_last=True)
+    plan = StepPlan(
+        EpochSampler(5, shuffle=False), batch_size=2, accumulative_counts=2, drop_last=True
+    )
     assert plan.steps_per_epoch == 1
     assert plan.micro_batches(1)[0][0] == Ticket(1, 0)
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation", "world_size"), [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "world_size"), [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+)
 def test_a_step_sees_the_same_samples_for_every_split(batch_size, accumulation, world_size):
     reference = StepPlan(EpochSampler(29, seed=1), batch_size=8, accumulative_counts=1)
     plans = [
-        StepPlan(EpochSampler(29, seed=1), batch_size, accumulation, rank, world_size) for rank in range(world_size)
+        StepPlan(EpochSampler(29, seed=1), batch_size, accumulation, rank, world_size)
+        for rank in range(world_size)
     ]
     for step in range(8):
         expected = sorted(reference.samples_of_step(step)[1].tolist())
         shares = [plan.micro_batches(step) for plan in plans]
         seen = [t.index for share in shares for micro in share for t in micro if t.real]
         assert sorted(seen) == expected
-        assert len({len(share) for share in shares}) == 1, "every rank needs the same number of micro-batches"
+        assert len({len(share) for share in shares}) == 1, (
+            "every rank needs the same number of micro-batches"
+        )
 
 
 def test_a_rank_without_samples_gets_a_filler():
-    plan = StepPlan(EpochSampler(1, shuffle=False), batch_size=1, accumulative_counts=1, rank=1, world_size=2)
+    plan = StepPlan(
+        EpochSampler(1, shuffle=False), batch_size=1, accumulative_counts=1, rank=1, world_size=2
+    )
     assert plan.micro_batches(0) == [[Ticket(0, 0, real=False)]]
 
 

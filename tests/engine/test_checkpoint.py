@@ -37,13 +37,18 @@ def test_checkpoints_are_listed_by_step(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: (p / "model.bin").write_text("weightz"), r"model.bin was changed after it was written"),
+        (
+            lambda p: (p / "model.bin").write_text("weightz"),
+            r"model.bin was changed after it was written",
+        ),
         (lambda p: (p / "model.bin").write_text("weigh"), r"model.bin has 5 bytes, 7 were written"),
         (lambda p: (p / "trainer" / "meta.json").unlink(), r"meta.json is missing"),
         (lambda p: (p / MANIFEST).unlink(), r"manifest.json is missing"),
         (lambda p: (p / MANIFEST).write_text("{"), r"manifest.json is damaged"),
         (
-            lambda p: (p / MANIFEST).write_text((p / MANIFEST).read_text().replace('"size": 2', '"size": 3')),
+            lambda p: (p / MANIFEST).write_text(
+                (p / MANIFEST).read_text().replace('"size": 2', '"size": 3')
+            ),
             r"manifest.json is damaged: its own digest",
         ),
     ],
@@ -74,7 +79,9 @@ def test_a_failed_write_leaves_nothing_and_touches_nothing(tmp_path):
         (folder / "model.bin").write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="no space left on the disk .* Older checkpoints are whole"):
+    with pytest.raises(
+        CheckpointError, match="no space left on the disk .* Older checkpoints are whole"
+    ):
         write_checkpoint(tmp_path / "checkpoints" / "iter_2", write)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["iter_1"]
 
@@ -105,7 +112,9 @@ def test_a_work_dir_has_one_writer(tmp_path):
         "with exclusive_work_dir(sys.argv[1]): pass"
     )
     with exclusive_work_dir(tmp_path):
-        other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+        other = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+        )
     assert other.returncode == 1
     assert "is being written by another run (process" in other.stderr
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 0

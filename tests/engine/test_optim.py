@@ -47,24 +47,42 @@ def test_rules_by_hand():
 
 def test_the_longest_pattern_wins():
     rules = {"proj": dict(lr_mult=2.0), "proj.weight": dict(lr_mult=3.0)}
-    found = rates(build_param_groups(Net(), lr=1.0, weight_decay=0.0, paramwise_cfg=dict(custom_keys=rules)))
+    found = rates(
+        build_param_groups(Net(), lr=1.0, weight_decay=0.0, paramwise_cfg=dict(custom_keys=rules))
+    )
     assert (found["proj.bias"][0], found["proj.weight"][0]) == (2.0, 3.0)
 
 
 def test_a_pattern_that_matches_nothing_is_refused():
-    with pytest.raises(ValueError, match=r"custom_keys \['hed'\] match no trainable parameter; names look like"):
-        build_param_groups(Net(), lr=1.0, weight_decay=0.0, paramwise_cfg=dict(custom_keys={"hed": dict(lr_mult=1)}))
+    with pytest.raises(
+        ValueError, match=r"custom_keys \['hed'\] match no trainable parameter; names look like"
+    ):
+        build_param_groups(
+            Net(),
+            lr=1.0,
+            weight_decay=0.0,
+            paramwise_cfg=dict(custom_keys={"hed": dict(lr_mult=1)}),
+        )
 
 
 def test_unknown_keys_are_refused():
-    with pytest.raises(ValueError, match=r"paramwise_cfg has unknown keys \['norm_decay'\]; allowed: custom_keys"):
+    with pytest.raises(
+        ValueError, match=r"paramwise_cfg has unknown keys \['norm_decay'\]; allowed: custom_keys"
+    ):
         build_param_groups(Net(), lr=1.0, weight_decay=0.0, paramwise_cfg=dict(norm_decay=0))
     with pytest.raises(ValueError, match=r"custom_keys\['head'\] has unknown keys \['lr_mul'\]"):
-        build_param_groups(Net(), lr=1.0, weight_decay=0.0, paramwise_cfg=dict(custom_keys={"head": dict(lr_mul=1)}))
+        build_param_groups(
+            Net(),
+            lr=1.0,
+            weight_decay=0.0,
+            paramwise_cfg=dict(custom_keys={"head": dict(lr_mul=1)}),
+        )
 
 
 def test_nothing_trainable_is_refused():
-    with pytest.raises(ValueError, match="no parameter of the model is trainable; give the model a `lora=...`"):
+    with pytest.raises(
+        ValueError, match="no parameter of the model is trainable; give the model a `lora=...`"
+    ):
         build_param_groups(Net().requires_grad_(False), lr=1.0, weight_decay=0.0)
 
 
@@ -72,7 +90,10 @@ def test_nothing_trainable_is_refused():
     ("kwargs", "message"),
     [
         (dict(accumulative_counts=0), "accumulative_counts is 0"),
-        (dict(clip_grad=dict(max_nrm=1)), r"optim_wrapper.clip_grad is {'max_nrm': 1}; it takes max_norm"),
+        (
+            dict(clip_grad=dict(max_nrm=1)),
+            r"optim_wrapper.clip_grad is {'max_nrm': 1}; it takes max_norm",
+        ),
     ],
 )
 def test_wrong_sections_are_refused(kwargs, message):

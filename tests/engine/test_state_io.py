@@ -13,11 +13,21 @@ from xtuner_lite.engine.state_io import load_state, save_state
 
 def test_round_trip_keeps_values_and_types(tmp_path):
     state = {
-        "none": None, "flag": True, "int": 3, "float": 0.1, "text": "甲", "bytes": b"\x00\xff",
-        "tuple": (1, (2.5, "a")), "list": [1, {"x": torch.arange(3)}], "keys": {1: "a", (2, 3): torch.ones(2)},
-        "array": np.array([1.5, 2.5]), "uint": np.array([7], dtype=np.uint32),
-        "bf16": torch.tensor([1.5], dtype=torch.bfloat16), "scalar": torch.tensor(2.0), "inf": math.inf,
-    }  # fmt: skip
+        "none": None,
+        "flag": True,
+        "int": 3,
+        "float": 0.1,
+        "text": "甲",
+        "bytes": b"\x00\xff",
+        "tuple": (1, (2.5, "a")),
+        "list": [1, {"x": torch.arange(3)}],
+        "keys": {1: "a", (2, 3): torch.ones(2)},
+        "array": np.array([1.5, 2.5]),
+        "uint": np.array([7], dtype=np.uint32),
+        "bf16": torch.tensor([1.5], dtype=torch.bfloat16),
+        "scalar": torch.tensor(2.0),
+        "inf": math.inf,
+    }
     save_state(state, tmp_path, "s")
     loaded = load_state(tmp_path, "s")
     assert list(loaded) == list(state)

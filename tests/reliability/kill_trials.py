@@ -38,7 +38,9 @@ class NoisyChat(ChatDataset):
 
     def __getitem__(self, index):
         sample = super().__getitem__(index)
-        sample["labels"] = np.where(np.random.rand(len(sample["labels"])) < 0.1, -100, sample["labels"])
+        sample["labels"] = np.where(
+            np.random.rand(len(sample["labels"])) < 0.1, -100, sample["labels"]
+        )
         return sample
 
 
@@ -59,14 +61,21 @@ class StepLog(Hook):
 def rows(num: int = 24) -> list[dict]:
     """Short conversations, each different."""
     return [
-        {"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"{i} " * (1 + i % 7)}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"Say {i}."},
+                {"role": "assistant", "content": f"{i} " * (1 + i % 7)},
+            ]
+        }
         for i in range(num)
     ]
 
 
 def train(work_dir: Path, log: Path, mode: str, resume: bool) -> None:
     """One run of NUM_STEPS optimizer steps in this process."""
-    lora = LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear") if mode == "lora" else None
+    lora = (
+        LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear") if mode == "lora" else None
+    )
     runner = Runner(
         model=SupervisedFinetune(tiny_llama(attention_dropout=0.1), lora=lora, self_check=False),
         work_dir=str(work_dir),
@@ -74,7 +83,10 @@ def train(work_dir: Path, log: Path, mode: str, resume: bool) -> None:
             dataset=NoisyChat(rows(), tokenizer=tiny_tokenizer(), max_length=64), batch_size=1
         ),
         optim_wrapper=dict(
-            optimizer=dict(type="AdamW", lr=1e-2), dtype="fp32", accumulative_counts=2, clip_grad=dict(max_norm=1.0)
+            optimizer=dict(type="AdamW", lr=1e-2),
+            dtype="fp32",
+            accumulative_counts=2,
+            clip_grad=dict(max_norm=1.0),
         ),
         param_scheduler=dict(type="WarmupCosineLR"),
         train_cfg=dict(max_iters=NUM_STEPS),
@@ -93,7 +105,9 @@ def train(work_dir: Path, log: Path, mode: str, resume: bool) -> None:
     runner.train()
 
 
-def in_a_fork(work_dir: Path, log: Path, mode: str, resume: bool, kill_after_s: float | None = None) -> tuple[int, float]:
+def in_a_fork(
+    work_dir: Path, log: Path, mode: str, resume: bool, kill_after_s: float | None = None
+) -> tuple[int, float]:
     """Run ``train`` in a child; returns (exit status, seconds). SIGKILL after ``kill_after_s``."""
     begin = time.monotonic()
     child = os.fork()
@@ -136,7 +150,7 @@ def one_trial(folder: Path, mode: str, rng: random.Random, duration_s: float) ->
     kills = rng.choice((1, 1, 2))
     for attempt in range(kills):
         in_a_fork(folder, log, mode, resume=attempt > 0, kill_after_s=rng.uniform(0.1, duration_s))
-        saved = [path for path in list_checkpoints(folder)]
+        saved = list_checkpoints(folder)
         for path in saved:
             try:
                 verify_checkpoint(path)
@@ -157,7 +171,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # a forked child has no OpenMP pool of its parent's
     rng = random.Random(args.seed)
-    failures, moments = [], []
+    failures = []
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         code, duration_s = in_a_fork(root / "whole", root / "whole.jsonl", args.mode, resume=False)
@@ -174,9 +188,15 @@ def main() -> None:
                 verdict = "final weights or optimizer state differ"
             if verdict != "killed":
                 failures.append([number, verdict])
-            moments.append(verdict)
-    print(json.dumps({"trials": args.trials, "passes": args.trials - len(failures), "failures": failures,
-                      "seed": args.seed, "mode": args.mode, "run_s": round(duration_s, 2)}))  # fmt: skip
+    result = {
+        "trials": args.trials,
+        "passes": args.trials - len(failures),
+        "failures": failures,
+        "seed": args.seed,
+        "mode": args.mode,
+        "run_s": round(duration_s, 2),
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of a small run, then resume: nothing differs from an undisturbed run."""
+"""SIGKILL at random moments of a small run, then resume: equal to an undisturbed run."""
 
 import json
 import os
@@ -13,7 +13,13 @@ ROOT = Path(__file__).parents[2]
 
 def trials(number, mode, seed=0):
     done = subprocess.run(
-        [sys.executable, "tests/reliability/kill_trials.py", f"--trials={number}", f"--mode={mode}", f"--seed={seed}"],
+        [
+            sys.executable,
+            "tests/reliability/kill_trials.py",
+            f"--trials={number}",
+            f"--mode={mode}",
+            f"--seed={seed}",
+        ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -132,7 +132,8 @@ def test_resume_refuses_other_data_and_another_step_size(tmp_path):
     )
     with pytest.raises(
         CheckpointError,
-        match=r"samples per optimizer step .*: saved 4, now 2; samples in the training data: saved 12, now 9",
+        match=r"samples per optimizer step .*: saved 4, now 2; "
+        r"samples in the training data: saved 12, now 9",
     ):
         train(tmp_path, train_dataloader=loader, resume=True)
 

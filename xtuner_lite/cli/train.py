@@ -11,7 +11,9 @@ HELP = "train a model from a config file or the name of a shipped config"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``xtuner-lite train``."""
     parser.add_argument("config", help="a config file, or a name from `xtuner-lite list-cfg`")
-    parser.add_argument("--work-dir", help="where checkpoints and logs go (default: ./work_dirs/<config's name>)")
+    parser.add_argument(
+        "--work-dir", help="for checkpoints and logs (default: ./work_dirs/<config>)"
+    )
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -20,9 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="go on from the newest valid checkpoint of the work_dir, or from PATH",
     )
-    parser.add_argument("--load-from", metavar="PATH", help="start from the weights of an adapter or model folder")
+    parser.add_argument(
+        "--load-from", metavar="PATH", help="weights to start from (adapter or model)"
+    )
     parser.add_argument("--seed", type=int, help="seed of the run")
-    parser.add_argument("--deterministic", action="store_true", help="only deterministic GPU kernels (slower)")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="deterministic GPU kernels (slower)"
+    )
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -32,9 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="change the config, e.g. train_cfg.max_epochs=1 optim_wrapper.optimizer.lr=1e-4",
     )
     parser.add_argument(
-        "--plugin", action="append", default=[], metavar="FILE", help="a Python file that registers parts of yours"
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file that registers parts",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, show the data, train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check all, show the data, train nothing"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,5 +80,7 @@ def _options_of(args: argparse.Namespace) -> list[str]:
     }
     paths = ("work_dir", "load_from")
     return [
-        f"{key}={str(Path(value)) if key in paths else value!r}" for key, value in given.items() if value is not None
+        f"{key}={str(Path(value)) if key in paths else value!r}"
+        for key, value in given.items()
+        if value is not None
     ]

@@ -89,7 +89,8 @@ class StepDataLoader:
 
         No sample before ``start`` is read.
         """
-        # A generator of its own: building a torch DataLoader iterator draws a number, and drawing it
+        # A generator of its own: building a torch DataLoader iterator draws a number, and drawing
+        # it
         # from the global generator would make a resumed run differ from an uninterrupted one.
         generator = torch.Generator().manual_seed(self.seed)
         loader = DataLoader(
@@ -140,18 +141,26 @@ def build_dataloader(
         ValueError: the dataset is empty, or no full step is left with ``drop_last``.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it counts samples per micro-batch and must be >= 1")
+        raise ValueError(
+            f"batch_size is {batch_size}; it counts samples per micro-batch and must be >= 1"
+        )
     dataset = DATASETS.build(dataset, tokenizer=tokenizer)
     sampler = SAMPLERS.build(
-        sampler or dict(type=EpochSampler), num_samples=len(dataset), shuffle=shuffle, seed=seed, dataset=dataset
+        sampler or dict(type=EpochSampler),
+        num_samples=len(dataset),
+        shuffle=shuffle,
+        seed=seed,
+        dataset=dataset,
     )
     pad_token_id = getattr(tokenizer, "pad_token_id", None)
     collate = _build_collate(collate_fn, pad_token_id)
     plan = StepPlan(sampler, batch_size, accumulative_counts, rank, world_size, drop_last)
     if plan.steps_per_epoch < 1:
         raise ValueError(
-            f"drop_last=True leaves no step: the data set has {sampler.num_samples} samples and one step takes "
-            f"{plan.group_size} (batch_size {batch_size} x accumulative_counts {accumulative_counts} x "
+            f"drop_last=True leaves no step: the data set has {sampler.num_samples} samples and "
+            "one step takes "
+            f"{plan.group_size} (batch_size {batch_size} x accumulative_counts "
+            f"{accumulative_counts} x "
             f"{world_size} ranks). Lower one of them, or set drop_last=False."
         )
     options = dict(pin_memory=pin_memory)
@@ -160,7 +169,9 @@ def build_dataloader(
     return StepDataLoader(dataset, plan, collate, seed=seed, num_workers=num_workers, **options)
 
 
-def _build_collate(collate_fn: Any, pad_token_id: int | None) -> Callable[[list[dict[str, Any]]], Batch]:
+def _build_collate(
+    collate_fn: Any, pad_token_id: int | None
+) -> Callable[[list[dict[str, Any]]], Batch]:
     if callable(collate_fn):
         return collate_fn
     from functools import partial

@@ -1,6 +1,7 @@
 """Which samples an optimizer step sees: a function of (seed, epoch, position), of nothing else.
 
-The order does not know the world size, the number of workers or where a run was resumed. Position is
+The order does not know the world size, the number of workers or where a run was resumed. Position
+is
 counted in steps inside an epoch; nothing before it is read or decoded.
 """
 
@@ -70,7 +71,8 @@ class Ticket(NamedTuple):
 class StepPlan:
     """How the samples of an epoch fall into optimizer steps, micro-batches and ranks.
 
-    Step s of an epoch takes samples [s * group_size, (s + 1) * group_size) of the epoch's order; the
+    Step s of an epoch takes samples [s * group_size, (s + 1) * group_size) of the epoch's order;
+    the
     last one may be short. The samples of a step are the same for every world size.
     """
 
@@ -93,7 +95,7 @@ class StepPlan:
         return full + (1 if rest and not self.drop_last else 0)
 
     def samples_of_step(self, step: int) -> tuple[int, np.ndarray]:
-        """(epoch, int64 [<= group_size]): the dataset indices of ``step`` (0-based), over all ranks."""
+        """(epoch, int64 [<= group_size]): dataset indices of ``step`` (from 0), all ranks."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         begin = step_in_epoch * self.group_size
         return epoch, self._order(epoch)[begin : begin + self.group_size]
@@ -133,12 +135,17 @@ class MicroBatchStream:
 def isolated_random_state(*key: int) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's CPU generators with ``key``, and put them back afterwards.
 
-    So whatever randomness a dataset uses, it depends on (seed, epoch, index), and reading data never
+    So whatever randomness a dataset uses, it depends on (seed, epoch, index), and reading data
+    never
     moves the generators that dropout draws from.
     """
     import torch
 
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python_state, numpy_state, torch_state = (
+        random.getstate(),
+        np.random.get_state(),
+        torch.get_rng_state(),
+    )
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
     random.seed(seed)
     np.random.seed(seed)

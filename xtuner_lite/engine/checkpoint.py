@@ -1,10 +1,11 @@
-"""Checkpoint folders: written aside and renamed, listed in a manifest, verified before they are used.
+"""Checkpoint folders: written aside and renamed, listed in a manifest, verified before use.
 
 A checkpoint is ``work_dir/checkpoints/iter_<steps>``:
 
     adapter_model.safetensors, adapter_config.json     what other tools open (or model.safetensors,
     tokenizer files, generation_config.json            config.json); see methods/base.py
-    trainer/                                           what a resume needs: JSON and safetensors only
+    trainer/                                           what a resume needs: JSON and safetensors
+    only
     config.py                                          the run's config, secrets redacted
     manifest.json                                      size and sha256 of every other file
 
@@ -45,12 +46,19 @@ def checkpoint_name(num_steps: int) -> str:
 
 
 def list_checkpoints(work_dir: str | Path) -> list[Path]:
-    """The checkpoint folders of a run by step, newest last. Half-written ones carry another name."""
+    """The checkpoint folders of a run, newest last. Half-written ones have another name."""
     folder = checkpoints_dir(work_dir)
     if not folder.is_dir():
         return []
-    found = [(match, path) for path in folder.iterdir() if (match := _NAME.match(path.name)) and path.is_dir()]
-    return [path for match, path in sorted(found, key=lambda item: (int(item[0][1]), item[0][2] is None))]
+    found = [
+        (match, path)
+        for path in folder.iterdir()
+        if (match := _NAME.match(path.name)) and path.is_dir()
+    ]
+    return [
+        path
+        for match, path in sorted(found, key=lambda item: (int(item[0][1]), item[0][2] is None))
+    ]
 
 
 def write_checkpoint(target: Path, write: Callable[[Path], None]) -> Path:
@@ -74,8 +82,10 @@ def write_checkpoint(target: Path, write: Callable[[Path], None]) -> Path:
         if _is_no_space(error):
             free_mb = shutil.disk_usage(target.parent).free // 2**20
             raise CheckpointError(
-                f"the checkpoint {target} could not be written: no space left on the disk ({free_mb} MiB free). "
-                "Older checkpoints are whole. Free some space, or lower checkpoint.max_keep_ckpts, and --resume."
+                f"the checkpoint {target} could not be written: no space left on the disk "
+                f"({free_mb} MiB free). "
+                "Older checkpoints are whole. Free some space, or lower "
+                "checkpoint.max_keep_ckpts, and --resume."
             ) from error
         raise
     return target
@@ -95,12 +105,17 @@ def verify_checkpoint(path: str | Path) -> None:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         files, version, digest = manifest["files"], manifest["format_version"], manifest["digest"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{manifest_path} is damaged: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{manifest_path} is damaged: {type(error).__name__}: {error}"
+        ) from error
     if digest != _digest(files, version):
-        raise CheckpointError(f"{manifest_path} is damaged: its own digest does not fit its list of files")
+        raise CheckpointError(
+            f"{manifest_path} is damaged: its own digest does not fit its list of files"
+        )
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has checkpoint format {version}, this version reads up to {FORMAT_VERSION}; upgrade xtuner_lite"
+            f"{path} has checkpoint format {version}, this version reads up to {FORMAT_VERSION}; "
+            "upgrade xtuner_lite"
         )
     present = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} - {MANIFEST}
     for name, entry in files.items():
@@ -134,14 +149,16 @@ def newest_valid_checkpoint(work_dir: str | Path, warn: Callable[[str], None]) -
         return path
     if reasons:
         raise CheckpointError(
-            f"no checkpoint under {checkpoints_dir(work_dir)} is whole: " + "; ".join(reasons) + ". "
+            f"no checkpoint under {checkpoints_dir(work_dir)} is whole: "
+            + "; ".join(reasons)
+            + ". "
             "Name another one with --resume PATH, or start anew in another --work-dir."
         )
     return None
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint; it loses its name first, so that a cut-off deletion leaves no half folder."""
+    """Delete a checkpoint; it loses its name first, so that no half folder can be left."""
     aside = path.parent / f".removing-{path.name}-{os.getpid()}"
     path.rename(aside)
     shutil.rmtree(aside)
@@ -199,7 +216,11 @@ def _write_manifest(folder: Path) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    manifest = {"format_version": FORMAT_VERSION, "digest": _digest(files, FORMAT_VERSION), "files": files}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "digest": _digest(files, FORMAT_VERSION),
+        "files": files,
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The optimizer of a run: parameter groups by pattern, and the wrapper that hooks read rates from."""
+"""The optimizer of a run: parameter groups by pattern, and the wrapper that hooks read."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ class OptimWrapper:
     """The ``optim_wrapper`` section of a config, and the optimizer built from it.
 
     Args:
-        optimizer: config of the optimizer, e.g. dict(type=AdamW, lr=2e-4); lr is per optimizer step.
-        clip_grad: dict(max_norm=..., norm_type=2.0): the total gradient norm is cut to max_norm before
+        optimizer: config of the optimizer, e.g. dict(type=AdamW, lr=2e-4); lr is per optimizer
+            step.
+        clip_grad: dict(max_norm=..., norm_type=2.0): the total gradient norm is cut to max_norm
+            before
             each update. None only measures it.
         accumulative_counts: micro-batches in one optimizer step.
-        dtype: compute dtype, 'bf16', 'fp16', 'fp32' or 'auto' (default): bf16 where the device computes
+        dtype: compute dtype, 'bf16', 'fp16', 'fp32' or 'auto' (default): bf16 where the device
+            computes
             it natively, else fp16 on a GPU and fp32 on a CPU; the log says which and why.
         loss_scale: fp16 only; 'dynamic' or a number.
         paramwise_cfg: learning rate and weight decay by parameter name, see ``build_param_groups``.
@@ -45,10 +48,17 @@ class OptimWrapper:
         paramwise_cfg: dict[str, Any] | None = None,
     ) -> None:
         if accumulative_counts < 1:
-            raise ValueError(f"accumulative_counts is {accumulative_counts}; it counts micro-batches and must be >= 1")
-        if clip_grad is not None and not {"max_norm"} <= set(clip_grad) <= {"max_norm", "norm_type"}:
             raise ValueError(
-                f"optim_wrapper.clip_grad is {dict(clip_grad)}; it takes max_norm and, if wanted, norm_type"
+                f"accumulative_counts is {accumulative_counts}; it counts micro-batches and must "
+                "be >= 1"
+            )
+        if clip_grad is not None and not {"max_norm"} <= set(clip_grad) <= {
+            "max_norm",
+            "norm_type",
+        }:
+            raise ValueError(
+                f"optim_wrapper.clip_grad is {dict(clip_grad)}; it takes max_norm and, if "
+                "wanted, norm_type"
             )
         self.optimizer_cfg = optimizer
         self.clip_grad = clip_grad
@@ -66,7 +76,10 @@ class OptimWrapper:
         """
         cfg = dict(self.optimizer_cfg)
         groups = build_param_groups(
-            model, lr=cfg.get("lr"), weight_decay=cfg.get("weight_decay"), paramwise_cfg=self.paramwise_cfg
+            model,
+            lr=cfg.get("lr"),
+            weight_decay=cfg.get("weight_decay"),
+            paramwise_cfg=self.paramwise_cfg,
         )
         self.optimizer = OPTIMIZERS.build({**cfg, "params": groups})
         return self.optimizer
@@ -82,7 +95,9 @@ class OptimWrapper:
 
     def get_momentum(self) -> dict[str, list[float]]:
         """{'momentum': first-moment coefficient per parameter group}."""
-        return {"momentum": [g.get("momentum", g.get("betas", (0.0,))[0]) for g in self.param_groups]}
+        return {
+            "momentum": [g.get("momentum", g.get("betas", (0.0,))[0]) for g in self.param_groups]
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """State by parameter name, so that it outlives a change in the order of parameters."""
@@ -98,7 +113,11 @@ class OptimWrapper:
 
 
 def build_param_groups(
-    model: nn.Module, *, lr: float | None, weight_decay: float | None, paramwise_cfg: dict[str, Any] | None = None
+    model: nn.Module,
+    *,
+    lr: float | None,
+    weight_decay: float | None,
+    paramwise_cfg: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters by their learning rate and weight decay.
 
@@ -106,19 +125,23 @@ def build_param_groups(
         model: its parameters with requires_grad are taken, each once.
         lr, weight_decay: the base values; None leaves the optimizer's default.
         paramwise_cfg: MMEngine's keys: ``custom_keys`` {pattern: dict(lr_mult=, decay_mult=, lr=,
-            weight_decay=)}, where a pattern is a part of the parameter's name or a wildcard with '*',
+            weight_decay=)}, where a pattern is a part of the parameter's name or a wildcard with
+            '*',
             and the longest match wins; ``bias_lr_mult``, ``bias_decay_mult``, ``norm_decay_mult``.
 
     Returns:
-        list of groups, each with ``params``, ``param_names`` and the values that differ from the base.
+        list of groups, each with ``params``, ``param_names`` and the values that differ from the
+        base.
 
     Raises:
-        ValueError: nothing is trainable; an unknown key; a pattern that matches no trainable parameter.
+        ValueError: nothing is trainable; an unknown key; a pattern that matches no trainable
+            parameter.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError(
-            "no parameter of the model is trainable; give the model a `lora=...`, or unfreeze a part of it"
+            "no parameter of the model is trainable; give the model a `lora=...`, or unfreeze a "
+            "part of it"
         )
     paramwise = dict(paramwise_cfg or {})
     _refuse_unknown(paramwise, _PARAMWISE_KEYS, "optim_wrapper.paramwise_cfg")
@@ -130,13 +153,18 @@ def build_param_groups(
     for name, parameter in named:
         matches = sorted((p for p in custom if _matches(p, name)), key=lambda p: (-len(p), p))
         unused -= set(matches)
-        values = _values_for(name, custom[matches[0]] if matches else None, paramwise, lr, weight_decay)
-        group = groups.setdefault(tuple(sorted(values.items())), {**values, "params": [], "param_names": []})
+        values = _values_for(
+            name, custom[matches[0]] if matches else None, paramwise, lr, weight_decay
+        )
+        group = groups.setdefault(
+            tuple(sorted(values.items())), {**values, "params": [], "param_names": []}
+        )
         group["params"].append(parameter)
         group["param_names"].append(name)
     if unused:
         raise ValueError(
-            f"paramwise_cfg.custom_keys {sorted(unused)} match no trainable parameter; names look like "
+            f"paramwise_cfg.custom_keys {sorted(unused)} match no trainable parameter; names "
+            "look like "
             f"{[name for name, _ in named[:3]]}. Correct the pattern or drop it."
         )
     return list(groups.values())
@@ -153,7 +181,11 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def _values_for(
-    name: str, rule: dict[str, Any] | None, paramwise: dict[str, Any], lr: float | None, weight_decay: float | None
+    name: str,
+    rule: dict[str, Any] | None,
+    paramwise: dict[str, Any],
+    lr: float | None,
+    weight_decay: float | None,
 ) -> dict[str, float]:
     values: dict[str, float] = {}
     if lr is not None:
@@ -198,21 +230,29 @@ def load_named_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> N
     theirs = [list(group["param_names"]) for group in saved["groups"]]
     if mine != theirs:
         raise ValueError(
-            f"the saved optimizer has {len(theirs)} parameter groups of sizes {[len(g) for g in theirs]}, this run "
-            f"{len(mine)} of sizes {[len(g) for g in mine]}. Resume with the model, adapter and paramwise_cfg of the "
+            f"the saved optimizer has {len(theirs)} parameter groups of sizes "
+            f"{[len(g) for g in theirs]}, this run "
+            f"{len(mine)} of sizes {[len(g) for g in mine]}. Resume with the model, adapter and "
+            "paramwise_cfg of the "
             "saved run, or start a new run from its weights with load_from."
         )
-    numbers: dict[str, int] = {name: i for i, name in enumerate(name for group in mine for name in group)}
+    numbers: dict[str, int] = {
+        name: i for i, name in enumerate(name for group in mine for name in group)
+    }
     packed_groups, position = [], 0
     for group in saved["groups"]:
-        packed_groups.append({**group, "params": list(range(position, position + len(group["param_names"])))})
+        packed_groups.append(
+            {**group, "params": list(range(position, position + len(group["param_names"])))}
+        )
         position += len(group["param_names"])
     state = {numbers[name]: _clone(value) for name, value in saved["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": packed_groups})
 
 
 def _clone(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+    return {
+        key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()
+    }
 
 
 def total_grad_norm(parameters: Iterable[nn.Parameter], norm_type: float = 2.0) -> Tensor:

@@ -46,7 +46,10 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     if isinstance(name, torch.dtype):
         name = str(name).removeprefix("torch.")
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not known; allowed: auto, {', '.join(DTYPES)}. Set optim_wrapper.dtype.")
+        raise ValueError(
+            f"dtype {name!r} is not known; allowed: auto, {', '.join(DTYPES)}. Set "
+            "optim_wrapper.dtype."
+        )
     return DTYPES[name]
 
 
@@ -60,7 +63,11 @@ class Precision:
     """
 
     def __init__(
-        self, dtype: str | torch.dtype = "auto", device_type: str = "cpu", *, loss_scale: str | float = "dynamic"
+        self,
+        dtype: str | torch.dtype = "auto",
+        device_type: str = "cpu",
+        *,
+        loss_scale: str | float = "dynamic",
     ) -> None:
         self.reason = "set by the config"
         if dtype == "auto":
@@ -71,11 +78,13 @@ class Precision:
         if self.dtype == torch.float16:
             fixed = None if loss_scale == "dynamic" else float(loss_scale)
             self.scaler = torch.amp.GradScaler(
-                device_type, init_scale=fixed or 2.0**16, growth_interval=2000 if fixed is None else 2**31 - 1
+                device_type,
+                init_scale=fixed or 2.0**16,
+                growth_interval=2000 if fixed is None else 2**31 - 1,
             )
 
     def prepare(self, module: nn.Module) -> None:
-        """Store trainable parameters in float32 and frozen floating-point ones in the compute dtype.
+        """Store what trains in float32 and what is frozen, if floating point, in the compute dtype.
 
         Quantised (integer) parameters and all buffers stay as they are: rotary tables need float32.
         """

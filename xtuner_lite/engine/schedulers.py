@@ -50,7 +50,8 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
             )
         if not 0 <= min_lr <= 1:
             raise ValueError(
-                f"min_lr={min_lr} is not a share of the peak learning rate in [0, 1]; for the rate m "
+                f"min_lr={min_lr} is not a share of the peak learning rate in [0, 1]; for the "
+                "rate m "
                 "under the peak p give m / p"
             )
         if max_iters < 1:
@@ -61,11 +62,11 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         super().__init__(optimizer, by_epoch=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands. The shape is left out: a resumed run takes it from its config."""
+        """Where the schedule stands; its shape comes from the config of the resumed run."""
         return {"last_step": self.last_step, "_global_step": self._global_step}
 
     def _get_value(self) -> list[float]:
-        """The rate of each parameter group at ``last_step``, from the step alone (no running product)."""
+        """The rate of each group at ``last_step``, from the step alone (no running product)."""
         return [base * self.factor(self.last_step) for base in self.base_values]
 
     def factor(self, step: int) -> float:

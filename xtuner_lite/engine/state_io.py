@@ -62,7 +62,8 @@ def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, dict):
         return _encode_dict(value, where, tensors)
     raise TypeError(
-        f"the training state holds a {type(value).__name__} at {where!r}; a checkpoint stores numbers, strings, "
+        f"the training state holds a {type(value).__name__} at {where!r}; a checkpoint stores "
+        "numbers, strings, "
         "lists, dicts, arrays and tensors only. Give state_dict() plain values."
     )
 
@@ -97,4 +98,6 @@ def _decode(tree: Any, tensors: dict[str, Tensor]) -> Any:
         return tuple(_decode(item, tensors) for item in tree["items"])
     if kind == "dict":
         return {_decode(key, tensors): _decode(item, tensors) for key, item in tree["pairs"]}
-    raise ValueError(f"unknown entry {kind!r} in a stored state; the checkpoint is of a newer version")
+    raise ValueError(
+        f"unknown entry {kind!r} in a stored state; the checkpoint is of a newer version"
+    )

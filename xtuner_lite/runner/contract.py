@@ -100,7 +100,7 @@ class HookContract:
 
 
 def merge_default_hooks(given: dict[str, Any] | None) -> dict[str, Any]:
-    """DEFAULT_HOOKS with a config's changes; a value with a type of its own replaces the default."""
+    """DEFAULT_HOOKS with a config's changes; a value with its own type replaces the default."""
     hooks: dict[str, Any] = {name: dict(cfg) for name, cfg in DEFAULT_HOOKS.items()}
     for name, change in (given or {}).items():
         if change is None:

@@ -17,7 +17,7 @@ _NUM_PREVIEWS = 2
 
 
 def dry_run(cfg: Config) -> int:
-    """Print settings with their origin, the first samples with their mask, and what a run would cost.
+    """Print settings with their origin, the first samples with their mask, and the run's size.
 
     The config is expected to have passed ``check_config``. The tokenizer and the data are read, the
     model is not; nothing is written.
@@ -47,8 +47,10 @@ def _summary(cfg: Config, loader: Any) -> str:
     tokens = "" if lengths is None else f", {int(np.sum(lengths)):,} tokens an epoch"
     return (
         f"{plan.sampler.num_samples:,} samples{tokens}\n"
-        f"{plan.group_size} samples in an optimizer step (batch_size {plan.batch_size} x accumulative_counts "
+        f"{plan.group_size} samples in an optimizer step (batch_size {plan.batch_size} x "
+        "accumulative_counts "
         f"{plan.accumulative_counts} x {plan.world_size} rank(s))\n"
-        f"{steps:,} optimizer steps an epoch, {max_iters:,} in the run ({max_iters / steps:.2f} epochs)\n"
+        f"{steps:,} optimizer steps an epoch, {max_iters:,} in the run ({max_iters / steps:.2f} "
+        "epochs)\n"
         "Dry run: nothing was trained, nothing was written."
     )

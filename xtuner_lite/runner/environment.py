@@ -27,7 +27,8 @@ def apply_env(
     """Apply the ``env_cfg`` section.
 
     Args:
-        num_threads: CPU threads of torch; None leaves torch's choice (all cores). Results on the CPU
+        num_threads: CPU threads of torch; None leaves torch's choice (all cores). Results on the
+            CPU
             repeat bit for bit only at a fixed number.
         cudnn_benchmark: let cuDNN try its algorithms; for fixed shapes.
         mp_cfg: dict(mp_start_method='fork' | 'spawn' | 'forkserver') of the reading processes.
@@ -59,7 +60,8 @@ def describe_environment(runner: Runner) -> str:
     return "\n".join(
         [
             f"xtuner_lite {__version__}, Python {platform.python_version()}, {', '.join(versions)}",
-            f"device {device} ({place}), {torch.get_num_threads()} threads, {runner.world_size} process(es)",
+            f"device {device} ({place}), {torch.get_num_threads()} threads, {runner.world_size} "
+            "process(es)",
             f"seed {runner.seed}, work_dir {runner.work_dir}, logs {runner.log_dir}",
         ]
     )

@@ -45,7 +45,8 @@ class TrainLoop:
     ) -> None:
         if (max_epochs is None) == (max_iters is None):
             raise ValueError(
-                f"train_cfg has max_epochs={max_epochs} and max_iters={max_iters}; give exactly one: "
+                f"train_cfg has max_epochs={max_epochs} and max_iters={max_iters}; give exactly "
+                "one: "
                 "max_epochs counts passes over the data, max_iters optimizer steps"
             )
         if (max_epochs or max_iters or 0) <= 0:
@@ -79,7 +80,7 @@ class TrainLoop:
         self._iter = self.num_completed_steps = num_steps
 
     def skip_step(self) -> None:
-        """Called by a hook in ``before_optimizer_step``: drop the gradients, leave the weights alone."""
+        """For hooks, in ``before_optimizer_step``: drop the gradients, leave the weights."""
         self._skip = True
 
     def run(self) -> None:
@@ -133,7 +134,8 @@ class TrainLoop:
         self._iter += 1
 
     def _after_epoch(self) -> None:
-        # MMEngine's hooks see the epoch that has just ended, while iter already counts its last step.
+        # MMEngine's hooks see the epoch that has just ended, while iter already counts its last
+        # step.
         self.runner.call_hook("after_train_epoch")
 
     def _validation_is_due(self) -> bool:
@@ -166,7 +168,8 @@ class _StepTotals:
         num_units = sum_over_ranks(self.num_units)
         if abs(num_units - expected_units) > 1e-3 * max(1.0, expected_units):
             raise RuntimeError(
-                f"the method's count_units said {expected_units:g} units for this step, its forward returned "
+                f"the method's count_units said {expected_units:g} units for this step, its "
+                "forward returned "
                 f"{num_units:g}; the loss would be scaled wrongly. Make both count the same."
             )
         divisor = max(num_units, 1.0)

@@ -93,7 +93,8 @@ def read_meta(path: Path) -> dict[str, Any]:
     trainer = Path(path) / TRAINER_DIR
     if not (trainer / "meta.json").is_file():
         raise CheckpointError(
-            f"{path} holds no training state ({TRAINER_DIR}/meta.json is missing), so it cannot be resumed. "
+            f"{path} holds no training state ({TRAINER_DIR}/meta.json is missing), so it cannot "
+            "be resumed. "
             "To start a new run from its weights, use load_from (--load-from)."
         )
     return load_state(trainer, "meta")
@@ -103,7 +104,8 @@ def resume_run(runner: Runner, path: Path) -> None:
     """Put weights, optimizer, schedulers, generators, hooks and position back to those of ``path``.
 
     Raises:
-        CheckpointError: the run differs from the saved one where that would make the resume inexact.
+        CheckpointError: the run differs from the saved one where that would make the resume
+            inexact.
     """
     trainer = path / TRAINER_DIR
     meta = load_state(trainer, "meta")
@@ -149,14 +151,15 @@ def load_exact_weights(model: nn.Module, state_dict: dict[str, Tensor], path: Pa
         if value is None or value.shape != target.shape:
             got = "is missing" if value is None else f"has shape {tuple(value.shape)}"
             raise CheckpointError(
-                f"{path}: weight {name} {got}, the model needs {tuple(target.shape)}. Resume with the model and adapter "
+                f"{path}: weight {name} {got}, the model needs {tuple(target.shape)}. Resume "
+                "with the model and adapter "
                 "settings of the saved run."
             )
         target.copy_(value)
 
 
 def data_fingerprint(dataloader: StepDataLoader) -> str:
-    """A digest of the training data: the data set's own ``fingerprint``, else of its samples' lengths."""
+    """Digest of the training data: the data set's ``fingerprint``, else its samples' lengths."""
     own = getattr(dataloader.dataset, "fingerprint", None)
     if own is not None:
         return str(own() if callable(own) else own)

@@ -37,7 +37,7 @@ from xtuner_lite.runner.signals import SignalWatch, TrainingInterrupted
 
 @RUNNERS.register_module()
 class Runner(HookContract):
-    """Assembles a run from a config's sections and executes it; keeps MMEngine's contract for hooks.
+    """Assembles a run from a config's sections and executes it under MMEngine's contract.
 
     Every argument is the config section of the same name; objects may be given instead of configs.
     Parts are built when they are first needed, data before the model, so that a mistake in the data
@@ -159,14 +159,16 @@ class Runner(HookContract):
     def from_cfg(cls, cfg: Config | dict[str, Any]) -> Runner:
         """Build a Runner from a config; settings that are no section of a Runner are ignored.
 
-        ``xtuner-lite train`` and ``load_config`` + ``check_config`` refuse unknown names before this.
+        ``xtuner-lite train`` and ``load_config`` + ``check_config`` refuse unknown names before
+        this.
         """
         known = set(inspect.signature(cls.__init__).parameters) - {"self", "cfg"}
         sections = {key: cfg[key] for key in known if key in cfg}
         sections.setdefault("work_dir", f"./work_dirs/{_config_name(cfg)}")
         return cls(**sections, cfg=cfg if isinstance(cfg, Config) else None)
 
-    # --- the three things a Runner does -------------------------------------------------------------
+    # --- the three things a Runner does
+    # -------------------------------------------------------------
 
     def train(self) -> nn.Module:
         """Train from the beginning, from ``load_from`` or from a checkpoint; returns the model.
@@ -200,7 +202,7 @@ class Runner(HookContract):
         return self._evaluate("test")
 
     def prepare_data(self) -> StepDataLoader:
-        """Build the tokenizer and the training data only; no model is loaded, no file is written."""
+        """Build the tokenizer and the training data only; no model, no file is written."""
         self.logger = MMLogger(self.experiment_name, log_level=self._log_level)
         self.seed = set_randomness(
             self._randomness.get("seed"), self._randomness.get("deterministic", False)
@@ -234,7 +236,8 @@ class Runner(HookContract):
         )
         raise TrainingInterrupted(self._signals.received)
 
-    # --- building ----------------------------------------------------------------------------------------
+    # --- building
+    # ----------------------------------------------------------------------------------------
 
     def _start(self, stage: str) -> Path | None:
         """Logs, seed and tokenizer; returns the checkpoint to resume from."""
@@ -329,7 +332,8 @@ class Runner(HookContract):
         )
         if not isinstance(self.train_loop, TrainLoop):
             raise TypeError(
-                f"train_cfg.type built a {type(self.train_loop).__module__}.{type(self.train_loop).__name__}; a loop "
+                "train_cfg.type built a "
+                f"{type(self.train_loop).__module__}.{type(self.train_loop).__name__}; a loop "
                 "must subclass xtuner_lite.runner.loops.TrainLoop"
             )
         if self.val_dataloader is not None:

@@ -14,7 +14,7 @@ from xtuner_lite.engine.precision import Precision
 
 
 class Strategy(ABC):
-    """Everything that differs between one device, DDP, FSDP2 and ZeRO. The loop knows nothing of it."""
+    """What differs between one device, DDP, FSDP2 and ZeRO. The loop knows nothing of it."""
 
     rank: int = 0
     world_size: int = 1
@@ -27,8 +27,10 @@ class Strategy(ABC):
         return self.rank == 0
 
     @abstractmethod
-    def prepare(self, model: nn.Module, optim_wrapper: OptimWrapper | None, *, train: bool) -> nn.Module:
-        """Cast and place the model and, to train, build its optimizer. Returns the model to call."""
+    def prepare(
+        self, model: nn.Module, optim_wrapper: OptimWrapper | None, *, train: bool
+    ) -> nn.Module:
+        """Cast and place the model; to train, build its optimizer. Returns the model."""
 
     @abstractmethod
     def sum_over_ranks(self, value: float) -> float:
@@ -40,15 +42,15 @@ class Strategy(ABC):
 
     @abstractmethod
     def backward(self, loss_sum: Tensor, num_units: float) -> None:
-        """Add the gradient of loss_sum / num_units. ``num_units`` counts the whole step, all ranks."""
+        """Add the gradient of loss_sum / num_units (units of the whole step, all ranks)."""
 
     @abstractmethod
     def clip_gradients(self) -> float:
-        """Norm of the step's gradients before clipping; cut to clip_grad.max_norm where one is set."""
+        """Norm of the step's gradients before they are cut to clip_grad.max_norm, if set."""
 
     @abstractmethod
     def step(self) -> bool:
-        """Update the weights and drop the gradients. False: the fp16 scaler found inf and held back."""
+        """Update the weights, drop the gradients. False: the fp16 scaler found inf, no update."""
 
     @abstractmethod
     def discard_gradients(self) -> None:

@@ -24,20 +24,24 @@ class SingleDevice(Strategy):
         device: 'cuda', 'cuda:1' or 'cpu'; None takes the GPU where there is one.
 
     Raises:
-        RuntimeError: a launcher started several processes; each would train the whole model by itself.
+        RuntimeError: a launcher started several processes; each would train the whole model by
+            itself.
     """
 
     def __init__(self, device: str | None = None) -> None:
         if env_world_size() > 1:
             raise RuntimeError(
-                f"a launcher started {env_world_size()} processes, but strategy SingleDevice runs in one. "
+                f"a launcher started {env_world_size()} processes, but strategy SingleDevice "
+                "runs in one. "
                 "Start without the launcher, or name a distributed strategy."
             )
         self.device = torch.device(device) if device else default_device()
         self.optim_wrapper: OptimWrapper | None = None
         self.parameters: list[nn.Parameter] = []
 
-    def prepare(self, model: nn.Module, optim_wrapper: OptimWrapper | None, *, train: bool) -> nn.Module:
+    def prepare(
+        self, model: nn.Module, optim_wrapper: OptimWrapper | None, *, train: bool
+    ) -> nn.Module:
         """See Strategy.prepare."""
         dtype = optim_wrapper.dtype if optim_wrapper else "auto"
         loss_scale = optim_wrapper.loss_scale if optim_wrapper else "dynamic"
@@ -47,7 +51,10 @@ class SingleDevice(Strategy):
         self.optim_wrapper = optim_wrapper
         if train:
             if optim_wrapper is None:
-                raise ValueError("the config has no optim_wrapper; training needs dict(optimizer=dict(type=AdamW, lr=...))")
+                raise ValueError(
+                    "the config has no optim_wrapper; training needs "
+                    "dict(optimizer=dict(type=AdamW, lr=...))"
+                )
             optim_wrapper.build(model)
             self.parameters = [p for group in optim_wrapper.param_groups for p in group["params"]]
         return model
@@ -73,7 +80,8 @@ class SingleDevice(Strategy):
             self.precision.scaler.unscale_(self.optim_wrapper.optimizer)
         clip = self.optim_wrapper.clip_grad or {}
         norm = total_grad_norm(self.parameters, clip.get("norm_type", 2.0))
-        # A norm that is not finite would turn every gradient into NaN; the guard hook decides on it.
+        # A norm that is not finite would turn every gradient into NaN; the guard hook decides on
+        # it.
         if "max_norm" in clip and math.isfinite(norm.item()):
             torch.nn.utils.clip_grads_with_norm_(self.parameters, clip["max_norm"], norm)
         return norm.item()
