@@ -120,9 +120,10 @@ def index_source(text: str, module: str, file: str) -> list[tuple[str, Entry]]:
 
 
 def first_line(docstring: str | None) -> str:
-    """First line of a docstring, '' when there is none."""
-    lines = (docstring or "").strip().splitlines()
-    return lines[0].strip() if lines else ""
+    """First sentence of a docstring on one line, '' when there is none."""
+    paragraph = (docstring or "").strip().partition("\n\n")[0]
+    text = " ".join(paragraph.split())
+    return text if text.find(". ") < 0 else text[: text.find(". ") + 1]
 
 
 def public_names(module: str) -> dict[str, str]:

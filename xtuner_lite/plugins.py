@@ -169,7 +169,8 @@ def _import(plugin: Plugin) -> None:
             import_module(plugin.module)
             return
         spec = importlib.util.spec_from_file_location(plugin.module, plugin.file)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[plugin.module] = module
         spec.loader.exec_module(module)

@@ -1,9 +1,9 @@
 """The ``xtuner-lite`` command. Each module beside this one is a subcommand.
 
 A subcommand module has ``HELP`` (one line, a literal), ``add_arguments(parser)`` and
-``run(args) -> int`` (the exit code); it is called like its file ('make_identity' is make-identity)
-unless it has ``NAME``. ``HELP`` and ``NAME`` are read from its source, so that ``--help`` imports no
-command; heavy imports belong inside ``run``.
+``run(args) -> int`` (the exit code). It is called like its file ('make_identity' is make-identity)
+unless it has ``NAME``. ``HELP`` and ``NAME`` are read from its source, so that ``--help`` imports
+no command; heavy imports belong inside ``run``.
 
 Exit codes: 0 done, 2 a mistake of the user's (told without traceback), 1 any other error (with its
 traceback), 130 interrupted. An exception says that it is a user's mistake by an ``exit_code``

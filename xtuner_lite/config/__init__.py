@@ -1,4 +1,4 @@
-"""Configs: load, check, write back, list and copy. Names are resolved lazily; no torch is imported."""
+"""Configs: load, check, write back, list, copy. Names are resolved lazily; torch stays out."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Whether a value from a config fits a parameter's annotation, where the annotation is simple.
 
-Only what a config can hold is judged: numbers, strings, booleans, None, lists, tuples, dicts. A class
-in an annotation is satisfied by a dict (which describes it) or a lazy object; what cannot be told is
-accepted.
+Only what a config can hold is judged: numbers, strings, booleans, None, lists, tuples, dicts. A
+class in an annotation is satisfied by a dict (which describes it) or a lazy object; what cannot be
+told is accepted.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 from mmengine.config.lazy import LazyAttr, LazyObject
 
-from xtuner_lite.config.signatures import Param
-from xtuner_lite.config.source import Module, NotFound, Unknown, resolve_expression
+from xtuner_lite.config.names import resolve_expression
+from xtuner_lite.config.parameters import Param
+from xtuner_lite.config.source import Module, NotFound, Unknown
 
 _SEQUENCES = {"list", "List", "Sequence", "Iterable", "Collection", "MutableSequence"}
 _MAPPINGS = {"dict", "Dict", "Mapping", "MutableMapping", "OrderedDict", "ConfigDict", "Config"}
@@ -21,7 +22,7 @@ _ANYTHING = {"Any", "object", "TypeVar", "T"}
 
 
 def mismatch(param: Param, value: Any) -> str | None:
-    """What the parameter allows, when ``value`` certainly does not fit; None when it fits or may fit.
+    """What the parameter allows, where ``value`` certainly does not fit; None where it may fit.
 
     Returns:
         str such as "int or None", or "one of 'a', 'b'".

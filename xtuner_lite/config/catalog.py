@@ -120,8 +120,8 @@ def copy_config(
         raise ConfigError(
             Problem(
                 "",
-                f"{source} reads a base file beside it (`from .` or `from ..`), so a plain copy would "
-                f"not run elsewhere; copy it with --flatten",
+                f"{source} reads a base by `from .` or `from ..`, so a plain copy would not run "
+                f"elsewhere; copy it with --flatten",
             )
         )
     return destination

@@ -11,6 +11,7 @@ from mmengine.config.lazy import LazyAttr, LazyObject
 
 from xtuner_lite.config.annotations import mismatch
 from xtuner_lite.config.errors import Problem
+from xtuner_lite.config.names import find
 from xtuner_lite.config.origins import KeyPath, Provenance, dotted, provenance_of
 from xtuner_lite.config.schema import (
     Target,
@@ -18,17 +19,16 @@ from xtuner_lite.config.schema import (
     keys_of,
     lazy_path,
     registry_of,
-    signature_of_type,
     target_of,
 )
 from xtuner_lite.config.signatures import Signature
-from xtuner_lite.config.source import NotFound, Unknown, find
+from xtuner_lite.config.source import NotFound, Unknown
 from xtuner_lite.plugins import PluginError, declare_plugins
 from xtuner_lite.registry import MAP_FNS
 from xtuner_lite.suggestions import did_you_mean, is_slip_of
 
-_NAMED = {"map_fn": "map function"}  # keys whose plain string is a registered name
 _SPECIAL_NAMES = ("auto",)
+_FREE_FORM = ("default_hooks", "data", "template")  # may be a dict that nothing is built from
 
 
 def check_config(cfg: Config | dict[str, Any]) -> list[Problem]:
@@ -153,7 +153,7 @@ class _Checker:
             yield self._problem(path, f"{text} See: xtuner-lite list map_fns", of_value=True)
 
     def _lazy_value(self, path: KeyPath, value: LazyAttr) -> Iterator[Problem]:
-        """``torch.bfloat61``: an attribute that does not exist. Types are resolved with their dict."""
+        """``torch.bfloat61``: no such attribute. Types are resolved with their dict."""
         if path[-1] == "type" or self._told_already(value):
             return
         module, names = lazy_path(value)
@@ -197,18 +197,7 @@ class _Checker:
         """A dict that is bound to no callable: only a few have a fixed set of keys."""
         allowed = keys_of(path)
         if path == ("default_hooks",):
-            for name, hook in dict.items(value):
-                known = default_hooks()
-                if (
-                    name not in known
-                    and not (isinstance(hook, dict) and "type" in hook)
-                    and not (hook is not None and not isinstance(hook, dict))
-                ):
-                    text = (
-                        f"no default hook is called {name!r}{did_you_mean(name, known)} Known: "
-                        f"{', '.join(known)}; a hook of another name needs a type"
-                    )
-                    yield self._problem((*path, name), text)
+            yield from self._default_hooks(path, value)
         elif allowed is not None:
             for key in dict.keys(value):
                 if key not in allowed:
@@ -217,21 +206,34 @@ class _Checker:
                         f"Allowed: {', '.join(allowed)}"
                     )
                     yield self._problem((*path, key), text)
-        elif registry_of(path) is not None and isinstance(registry_of(path), object):
+        else:
             yield from self._needs_type(path, value)
 
+    def _default_hooks(self, path: KeyPath, value: dict[Any, Any]) -> Iterator[Problem]:
+        """A name that no default hook has stands for a hook of its own, which needs a type."""
+        known = default_hooks()
+        for name, hook in dict.items(value):
+            of_its_own = isinstance(hook, dict) and "type" in hook
+            if name not in known and (hook is None or isinstance(hook, dict)) and not of_its_own:
+                text = (
+                    f"no default hook is called {name!r}{did_you_mean(name, known)} Known: "
+                    f"{', '.join(known)}; a hook of another name needs a type"
+                )
+                yield self._problem((*path, name), text)
+
     def _needs_type(self, path: KeyPath, value: dict[Any, Any]) -> Iterator[Problem]:
+        """A dict without type where one is built, or whose 'type' is misspelled."""
         registry = registry_of(path)
-        holds_parts = path[-1] in ("default_hooks", "data", "template") or "*" in path
-        if registry is None or holds_parts or not value:
-            return
         near = [key for key in dict.keys(value) if is_slip_of(str(key), ["type"])]
-        hint = f"; did you mean 'type' for {near[0]!r}?" if near else ""
-        text = (
-            f"this dict has no type, so it cannot be built{hint} Add type=...; "
-            f"see: xtuner-lite list {registry.plural}"
-        )
-        yield self._problem((*path, near[0]) if near else path, text)
+        if near:
+            text = f"unknown key {near[0]!r}; did you mean 'type'?"
+            yield self._problem((*path, near[0]), text)
+        elif registry is not None and value and path[-1] not in _FREE_FORM:
+            text = (
+                f"this dict has no type, so it cannot be built; add type=..., "
+                f"see: xtuner-lite list {registry.plural}"
+            )
+            yield self._problem(path, text)
 
 
 def _unknown_key(key: str, path: KeyPath, signature: Signature, allowed: list[str]) -> str:
@@ -259,10 +261,7 @@ def _text_of(error: Exception, kind: Any) -> str:
 def _function_message(value: FunctionType) -> str:
     code = value.__code__
     return (
-        f"the function {value.__name__!r} ({code.co_filename}:{code.co_firstlineno}) is defined in the "
-        f"config, so the config cannot be written back; put it into a file of yours, register it there "
-        f"and load it with --plugin FILE, or import it from a module"
+        f"the function {value.__name__!r} ({code.co_filename}:{code.co_firstlineno}) is defined in "
+        f"the config, so it cannot be written back; put it into a file of yours, register it "
+        f"there and load it with --plugin FILE, or import it from a module"
     )
-
-
-__all__ = ["check_config", "signature_of_type"]

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 from xtuner_lite.config.errors import ConfigError, Problem
+from xtuner_lite.config.names import find
 from xtuner_lite.config.origins import KeyPath, Origin, dotted, flatten
 from xtuner_lite.config.page import Page, PageDict
-from xtuner_lite.config.source import NotFound, Unknown, find
+from xtuner_lite.config.source import NotFound, Unknown
 from xtuner_lite.discovery import PLUGIN_ENTRIES
 
 #: Dotted types allowed in data files: what they name must be *defined* under one of these.
@@ -69,7 +70,7 @@ def read_data_page(file: Path) -> Page:
     ]
     if problems:
         raise ConfigError([_placed(problem, page) for problem in problems])
-    page.unread = {name: page_line for name, page_line in _top_lines(page, lines).items()}
+    page.unread = _top_lines(page, lines)
     return page
 
 
@@ -97,7 +98,7 @@ def _refused_type(path: KeyPath, value: str) -> list[Problem]:
         return []
     text = (
         f"{value!r} is not allowed in a data file ({reason}); allowed: a registered name (see: "
-        f"xtuner-lite list) or a path in {', '.join(ALLOWED_MODULES)}. Use a Python config for others"
+        f"xtuner-lite list) or a path in {', '.join(ALLOWED_MODULES)}"
     )
     return [Problem(dotted(path), text)]
 

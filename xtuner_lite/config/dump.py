@@ -14,10 +14,11 @@ from mmengine.config import Config
 from mmengine.config.lazy import LazyAttr, LazyObject
 
 from xtuner_lite.config.errors import ConfigError, Problem
+from xtuner_lite.config.names import Definition, find
 from xtuner_lite.config.origins import KeyPath, Provenance, dotted, provenance_of
 from xtuner_lite.config.redact import redact
 from xtuner_lite.config.schema import lazy_path
-from xtuner_lite.config.source import Definition, NotFound, Unknown, find
+from xtuner_lite.config.source import NotFound, Unknown
 from xtuner_lite.discovery import PLUGIN_FILES
 from xtuner_lite.registry import REGISTRIES
 
@@ -34,8 +35,8 @@ def dump_config(cfg: Config, path: str | os.PathLike[str]) -> Path:
         The file.
 
     Raises:
-        ConfigError: a value that cannot be written back (a function of the config, a set, an object),
-            with its place; nothing is written then.
+        ConfigError: a value that cannot be written back (a function of the config, a set, an
+            object), with its place; nothing is written then.
         ValueError: the path does not end in .py.
     """
     target = Path(path)
@@ -135,7 +136,7 @@ class _Writer:
         return self._refuse(path, _reason(value))
 
     def _object(self, value: Any, path: KeyPath) -> str:
-        """A class or function: by import, or by its registered name if it comes from a plug-in file."""
+        """A class or function: by import, or by its registered name if a plug-in file made it."""
         module, qualname = value.__module__ or "", value.__qualname__
         if module in PLUGIN_FILES:
             for registry in REGISTRIES.values():

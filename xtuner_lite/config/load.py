@@ -36,7 +36,7 @@ def load_config(
     Args:
         path_or_name: a .py, .yaml or .json file, or the name of a shipped config.
         overrides: 'key.path=value' texts, or (key path, value) pairs. A plain setting of a page
-            (max_length=4096) is changed where it is assigned, so everything computed from it follows.
+            (max_length=4096) is changed where it is assigned, so what is computed from it follows.
 
     Returns:
         The Runner's keys as an mmengine Config; types are lazy. Where each value came from is kept
@@ -92,11 +92,11 @@ def _apply_options(
             for below, _ in flatten(value, path):
                 page.origins[below] = Origin(COMMAND_LINE)
         elif path[0] not in page.overridden:
-            names = [*known, *page.values]
+            hint = did_you_mean(str(path[0]), [*known, *page.values])
             raise ConfigError(
                 Problem(
                     dotted(path),
-                    f"the config has no key or setting {path[0]!r}{did_you_mean(str(path[0]), names)}",
+                    f"the config has no key or setting {path[0]!r}{hint}",
                     COMMAND_LINE,
                 )
             )

@@ -18,8 +18,8 @@ _WORDS = {
 def parse_option(text: str) -> tuple[KeyPath, Any]:
     """'optim_wrapper.optimizer.lr=1e-4' -> (('optim_wrapper', 'optimizer', 'lr'), 0.0001).
 
-    The value is a Python literal; true, false, none, inf and nan are understood in any case; any other
-    word is a string.
+    The value is a Python literal; true, false, none, inf and nan are understood in any case; any
+    other word is a string.
 
     Raises:
         ConfigError: no '=', no key, or a list or dict that is not a literal.

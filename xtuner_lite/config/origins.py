@@ -1,4 +1,4 @@
-"""Where every value of a config was set: file and line, also through bases, updates and settings."""
+"""Where every value of a config was set: file and line, through bases, updates and settings."""
 
 from __future__ import annotations
 

@@ -1,14 +1,13 @@
 """Runs one Python config page: statement by statement, imports kept lazy, bases read first.
 
-A page is ordinary Python with two changes: an import outside the standard library gives a lazy object
-(nothing is imported), and ``with read_base():`` takes over the names of other pages.
+A page is ordinary Python with two changes: an import outside the standard library gives a lazy
+object (nothing is imported), and ``with read_base():`` takes over the names of other pages.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
-import sys
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from mmengine.config.lazy import LazyAttr, LazyObject
 
 from xtuner_lite.config.catalog import configs_dir
 from xtuner_lite.config.errors import ConfigError, Problem
+from xtuner_lite.config.lazy_imports import LAZY, LazyImports
 from xtuner_lite.config.options import set_path
 from xtuner_lite.config.origins import (
     COMMAND_LINE,
@@ -31,11 +31,9 @@ from xtuner_lite.config.origins import (
 from xtuner_lite.discovery import find_module_file
 from xtuner_lite.suggestions import did_you_mean
 
-LAZY = "__lazy_import__"
-
 
 class PageDict(ConfigDict):
-    """mmengine's config dict while a page is read: lazy objects stay lazy, a wrong key names its like."""
+    """mmengine's config dict while a page is read: lazy stays lazy, a wrong key names its like."""
 
     lazy = True
 
@@ -93,7 +91,7 @@ def run_page(file: Path, overrides: Overrides | None = None, stack: tuple[Path, 
 
 @dataclass
 class Overrides:
-    """What the command line changes while pages run, so that it reaches what is computed from it."""
+    """What the command line changes while pages run, to reach what is computed from it."""
 
     plain: dict[str, Any] = field(default_factory=dict)  # name -> value of its assignments
     nested: dict[str, list[tuple[KeyPath, Any]]] = field(
@@ -149,7 +147,7 @@ class _PageRun:
                 self.namespace[name] = copy.deepcopy(self.overrides.plain[name])
             return
         code = ast.Module(body=[copy.deepcopy(statement)], type_ignores=[])
-        code = _LazyImports().visit(code)
+        code = LazyImports().visit(code)
         ast.fix_missing_locations(code)
         try:
             exec(compile(code, str(self.page.file), "exec", dont_inherit=True), self.namespace)
@@ -187,7 +185,7 @@ class _PageRun:
         return LazyObject(list(modules), None, location)
 
     def _collect(self) -> None:
-        """Sort the namespace into data and imports; make dicts PageDicts that keep their identity."""
+        """Sort the namespace into data and imports; make dicts PageDicts, identity kept."""
         for name, value in list(self.namespace.items()):
             if name.startswith("__"):
                 continue
@@ -301,51 +299,6 @@ def _base_file(node: ast.ImportFrom, page: Path, place: str) -> Path:
     return file
 
 
-class _LazyImports(ast.NodeTransformer):
-    """Replaces imports from outside the standard library by assignments of lazy objects."""
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | list[ast.AST]:
-        module = "." * node.level + (node.module or "")
-        if not node.level and _is_standard(module):
-            return node
-        return [
-            _assign(alias.asname or alias.name, _lazy_call(module, alias.name, node.lineno), node)
-            for alias in node.names
-        ]
-
-    def visit_Import(self, node: ast.Import) -> ast.AST | list[ast.AST]:
-        if all(_is_standard(alias.name) for alias in node.names):
-            return node
-        result: list[ast.AST] = []
-        for alias in node.names:
-            if _is_standard(alias.name):
-                result.append(ast.copy_location(ast.Import(names=[alias]), node))
-            else:
-                call = _lazy_call(alias.name, None, node.lineno, top=alias.asname is None)
-                result.append(_assign(alias.asname or alias.name.split(".")[0], call, node))
-        return result
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        return node  # a function's own imports happen when it is called
-
-    visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]
-    visit_Lambda = visit_FunctionDef  # type: ignore[assignment]
-
-
-def _assign(name: str, value: ast.expr, node: ast.stmt) -> ast.AST:
-    assignment = ast.Assign(targets=[ast.Name(id=name, ctx=ast.Store())], value=value)
-    return ast.copy_location(assignment, node)
-
-
-def _lazy_call(module: str, name: str | None, line: int, top: bool = False) -> ast.expr:
-    arguments: list[ast.expr] = [ast.Constant(item) for item in (module, name, line, top)]
-    return ast.Call(func=ast.Name(id=LAZY, ctx=ast.Load()), args=arguments, keywords=[])
-
-
-def _is_standard(module: str) -> bool:
-    return module.split(".")[0] in sys.stdlib_module_names
-
-
 def _is_config_import(statement: ast.stmt) -> bool:
     """``from mmengine.config import read_base`` only marks the syntax."""
     return isinstance(statement, ast.ImportFrom) and any(
@@ -374,7 +327,7 @@ def _assigned_names(statement: ast.stmt) -> list[str]:
 
 
 def _unread_names(tree: ast.Module) -> dict[str, int]:
-    """Names assigned at the top level that no later statement of the page reads, with their line."""
+    """Names assigned at the top level, with the line of their last assignment."""
     return {
         name: statement.lineno
         for statement in tree.body

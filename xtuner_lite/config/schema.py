@@ -13,13 +13,14 @@ from typing import Any
 
 from mmengine.config.lazy import LazyAttr, LazyObject
 
+from xtuner_lite.config.names import find
 from xtuner_lite.config.origins import KeyPath
 from xtuner_lite.config.signatures import (
     Signature,
     signature_of,
     signature_of_object,
 )
-from xtuner_lite.config.source import NotFound, Unknown, find, load_module
+from xtuner_lite.config.source import NotFound, Unknown, load_module
 from xtuner_lite.registry import REGISTRIES, RUNNERS
 from xtuner_lite.registry_base import Registry
 
@@ -142,7 +143,7 @@ def section_of(path: KeyPath) -> str | None:
 
 
 def keys_of(path: KeyPath) -> tuple[str, ...] | None:
-    """The keys of a dict that is bound to no callable but has a fixed set; None where it is free."""
+    """The keys of a dict bound to no callable that has a fixed set; None where it is free."""
     for pattern, keys in KEYS.items():
         if len(pattern) == len(path) and all(
             sign in ("*", part) for sign, part in zip(pattern, path, strict=True)
