@@ -36,7 +36,7 @@ def train(work_dir: Path, hooks: dict[str, Any], **changes: Any) -> tuple[Runner
     outputs = Outputs()
     custom = [outputs, *changes.pop("custom_hooks", [])]
     config = toy_config(work_dir, default_hooks={**NO_DEFAULTS, **hooks}, log_level="INFO")
-    runner = Runner.from_cfg({**config, "custom_hooks": custom, **changes})
+    runner = Runner(**{**config, "custom_hooks": custom, **changes})
     runner.train()
     return runner, outputs
 

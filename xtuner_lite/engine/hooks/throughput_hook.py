@@ -43,12 +43,14 @@ class ThroughputHook(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Stops the clock and adds the speeds to ``outputs``."""
-        data_time_s = getattr(runner.train_loop, "data_time_s", 0.0)
-        step_time_s = time.perf_counter() - self._step_started_s + data_time_s
-        speeds = {
+        step_time_s = time.perf_counter() - self._step_started_s
+        speeds = {}
+        data_time_s = getattr(runner.train_loop, "data_time_s", None)
+        if data_time_s is not None:  # a loop of a plug-in need not measure it
+            step_time_s += data_time_s
+            speeds = {"data_time_s": data_time_s, "data_share": data_time_s / step_time_s}
+        speeds |= {
             "step_time_s": step_time_s,
-            "data_time_s": data_time_s,
-            "data_share": data_time_s / step_time_s,
             "tokens_per_s": outputs["num_tokens"] / step_time_s,
             "units_per_s": outputs["num_units"] / step_time_s,
             "peak_memory_bytes": peak_memory_bytes(),
