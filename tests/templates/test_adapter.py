@@ -45,7 +45,8 @@ def test_a_tokenizer_without_template_names_what_to_do():
 
 def test_tool_calls_that_the_template_does_not_write_stop_the_run():
     template = ChatTemplate(tiny_tokenizer())
-    assert template.shows == {"system": True, "tool_calls": False, "tool": True, "tools": False}
+    left_out = {kind for kind, shown in template.shows.items() if not shown}
+    assert left_out == {"tool_calls", "tools"}
     with pytest.raises(TemplateError, match=r"message 1 \(assistant\) holds tool calls"):
         template.layout([CHAT[0], CALL, RESULT, CHAT[1]])
 
@@ -56,6 +57,48 @@ def test_a_system_prompt_that_the_template_drops_stops_the_run():
     )
     with pytest.raises(TemplateError, match="holds a system prompt"):
         template.layout([{"role": "system", "content": "s"}, *CHAT])
+
+
+def test_a_template_that_takes_text_only_as_parts_stops_the_run():
+    # As SmolVLM's: a plain string is walked through letter by letter and nothing is written.
+    template = ChatTemplate(
+        tiny_tokenizer(
+            "{% for m in messages %}{{ m.role }}:{% for part in m.content %}"
+            "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>"
+            "{% endfor %}"
+        )
+    )
+    with pytest.raises(TemplateError, match=r"message 0 \(user\) holds text as a plain string"):
+        template.layout(CHAT)
+    assert template.stop_token_ids() == [2]
+
+
+def test_a_template_that_ends_the_last_turn_with_a_token_of_its_own():
+    # As gpt-oss's: <|return|> behind the last answer where earlier ones have <|end|>.
+    template = ChatTemplate(
+        tiny_tokenizer(
+            "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}"
+            "{% if loop.last and m.role == 'assistant' and not add_generation_prompt %}<|im_end|>"
+            "{% else %}<|endoftext|>{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+        )
+    )
+    assert template.final_tail == ""
+    layout = template.layout(CHAT)
+    assert [layout.text[s.start : s.end] for s in layout.spans] == ["Hello<|im_end|>"]
+    with pytest.raises(TemplateError, match="(?s)at message 1 .*Set train_on='last'"):
+        template.layout([*CHAT, *CHAT])
+
+
+def test_a_prompt_that_opens_a_thought_the_answer_does_not_go_on_with():
+    template = ChatTemplate(
+        tiny_tokenizer(
+            "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
+            "{% if add_generation_prompt %}assistant:<think>{% endif %}"
+        )
+    )
+    with pytest.raises(TemplateError, match=r"opens something \(such as <think>\)"):
+        template.layout(CHAT)
 
 
 def test_tool_turns_with_a_template_that_writes_them():

@@ -133,8 +133,8 @@ class ChatTemplate:
     # --------------------------------------------------- what ends a turn
 
     @cached_property
-    def _probe(self) -> tuple[str, str, list[int]]:
-        """(final_tail, suffix of an assistant turn, end token ids), found by rendering probes."""
+    def _probe(self) -> tuple[str, list[int]]:
+        """(final_tail, ids of the token that ends a turn), found by rendering probes."""
         user: Message = {"role": "user", "content": "probe"}
         try:
             one = self._renderer.render([user, {"role": "assistant", "content": "Aone"}])
@@ -147,13 +147,17 @@ class ChatTemplate:
                 f"the chat template cannot render a question and an answer: {error}. "
                 "Name another template (xtuner-lite list templates)."
             ) from error
-        suffix = _common_suffix(one, two)
+        suffix = _common_suffix(one, two) if one != two else ""
         tail = self._final_tail(suffix, one, prompted)
-        suffix = suffix.removesuffix(tail)
-        ids = list(self.tokenizer(suffix, add_special_tokens=False)["input_ids"]) if suffix else []
+        ends = self._special_ids(suffix.removesuffix(tail))
+        if tail and not ends:  # the tail is what ends the last turn, as gpt-oss's <|return|>
+            tail, ends = "", self._special_ids(suffix)
+        return tail, ends[:1]
+
+    def _special_ids(self, text: str) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         added = self.tokenizer.added_tokens_decoder
-        special = [i for i in ids if i == self.tokenizer.eos_token_id or _is_special(added, i)]
-        return tail, suffix, special[:1]
+        return [i for i in ids if i == self.tokenizer.eos_token_id or _is_special(added, i)]
 
     def _final_tail(self, suffix: str, one: str, prompted: str) -> str:
         """What stands behind the last turn only when no generation prompt follows.
@@ -180,7 +184,7 @@ class ChatTemplate:
     @property
     def end_token_ids(self) -> list[int]:
         """The special token the template ends an assistant turn with; [] if it writes none."""
-        return self._probe[2]
+        return self._probe[1]
 
     @cached_property
     def end_texts(self) -> tuple[str, ...]:
@@ -202,9 +206,10 @@ class ChatTemplate:
 
     @cached_property
     def shows(self) -> dict[str, bool]:
-        """Whether the template writes 'system', 'tool', 'tool_calls' and 'tools' at all.
+        """Whether the template writes each role's text, 'tool_calls' and 'tools' at all.
 
-        A template that skips one of them would train on conversations with a hole in them.
+        A template that skips one of them would train on conversations with a hole in them. One
+        that raises on a probe counts as True: on a row it will raise too, and say why.
         """
         mark, user = "qzprobeqz", {"role": "user", "content": "probe"}
         answer = {"role": "assistant", "content": "answer"}
@@ -216,6 +221,8 @@ class ChatTemplate:
         schema = {"name": mark, "description": "d", "parameters": {"type": "object"}}
         tools = [{"type": "function", "function": schema}]
         probes: dict[str, tuple[list[Any], Any]] = {
+            "user": ([{**user, "content": mark}, answer], None),
+            "assistant": ([user, {**answer, "content": mark}], None),
             "system": ([{"role": "system", "content": mark}, user, answer], None),
             "tool_calls": ([user, caller, {**result, "content": "r"}, answer], None),
             "tool": ([user, {**caller, "tool_calls": plain}, result, answer], None),
@@ -227,13 +234,13 @@ class ChatTemplate:
         try:
             return mark in self._renderer.render(messages, tools)
         except RowRefused:
-            return False
+            return True
 
     def _check_nothing_left_out(self, messages: Sequence[Message]) -> None:
         for index, message in enumerate(messages):
             role = message["role"]
             kind = "tool_calls" if message.get("tool_calls") else role
-            if kind in ("system", "tool", "tool_calls") and not self.shows[kind]:
+            if not self.shows[kind]:
                 raise TemplateError(
                     f"message {index} ({role}) holds {_KINDS[kind]}, which the chat template does "
                     "not write: the model would be trained on a conversation with a hole in it. "
@@ -242,7 +249,13 @@ class ChatTemplate:
                 )
 
 
-_KINDS = {"system": "a system prompt", "tool": "a tool's result", "tool_calls": "tool calls"}
+_KINDS = {
+    "system": "a system prompt",
+    "user": "text as a plain string",
+    "assistant": "text as a plain string",
+    "tool": "a tool's result",
+    "tool_calls": "tool calls",
+}
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any = None) -> list[int]:

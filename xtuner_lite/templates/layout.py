@@ -236,13 +236,22 @@ def _parting(
         (i for i, (a, b) in enumerate(zip(part, whole)) if a != b), min(len(part), len(whole))
     )
     around = slice(max(at - 40, 0), at + 40)
+    if index == len(messages) - 1:
+        advice = (
+            "The prompt to generate from opens something (such as <think>) that the answer does "
+            "not go on with. Give the answers their reasoning_content, or name another template "
+            "(xtuner-lite list templates)."
+        )
+    else:
+        advice = (
+            "The template rewrites earlier turns once later ones follow. Set train_on='last' "
+            "(only the last answer has to agree), or name a template that keeps turns as they "
+            "were (xtuner-lite list templates)."
+        )
     return TemplateError(
         f"the chat template's mask cannot be proved: at message {index} "
         f"({messages[index]['role']}) of {len(messages)} the render of {what} is not a beginning "
         f"of the whole render. They part at character {at}:\n"
         f"  part:  ...{part[around]!r}\n"
-        f"  whole: ...{whole[around]!r}\n"
-        "The template rewrites earlier turns once later ones follow. Set train_on='last' (only the "
-        "last answer has to agree), or name a template that keeps turns as they were "
-        "(xtuner-lite list templates)."
+        f"  whole: ...{whole[around]!r}\n" + advice
     )
