@@ -51,6 +51,8 @@ def test_bare_tool_schemas_are_wrapped():
         ([{**USER, "loss": "no"}], "loss is 'no'; allowed: true, false or a weight"),
         ([{**USER, "loss": -1}], "loss is -1"),
         ([{**USER, "loss": float("nan")}], "loss is nan"),
+        ([{**USER, "reasoning_content": 5}], "reasoning_content is 5, not text"),
+        ([{**USER, "name": "\udc00"}], "name holds a lone surrogate"),
         ([{**USER, "tool_calls": [{}]}], "tool_calls in a user message"),
         ([{"role": "assistant", "tool_calls": [{}]}], "has no function name"),
         (

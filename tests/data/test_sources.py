@@ -38,6 +38,35 @@ def test_rows_in_memory_and_datasets_objects():
     assert numbers(datasets.Dataset.from_list(rows)) == [1, 2]
 
 
+def test_rows_written_in_a_config_become_plain_dicts():
+    from mmengine.config import ConfigDict
+
+    (row,) = read_rows([ConfigDict(messages=[dict(role="user", content="a")])])
+    assert type(row.data) is dict
+    assert type(row.data["messages"][0]) is dict
+
+
+def test_a_name_that_looks_like_a_hub_id_is_looked_for_there(monkeypatch, folder):
+    datasets = pytest.importorskip("datasets")
+    seen = []
+
+    def load(name):
+        seen.append(name)
+        if name == "no/where":
+            raise ConnectionError("offline")
+        return {"train": [{"n": 7}]}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert numbers("some-org/some.set") == [7]
+    with pytest.raises(ValueError, match="'no/where' is no local file.*offline. Correct data="):
+        numbers("no/where")
+    monkeypatch.chdir(folder)
+    (folder / "data").mkdir()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        numbers("data/alpaca")  # the folder is here, so this is a mistyped path
+    assert seen == ["some-org/some.set", "no/where"]
+
+
 def test_a_config_that_makes_a_dataset(folder):
     def load(path, split=None):
         rows = {"train": [{"n": 1}], "test": [{"n": 2}]}

@@ -60,8 +60,8 @@ def _check_message(message: Any, index: int) -> Message:
             raise UnusableRow("an assistant message is empty", f"message {index}")
     elif calls is not None:
         raise BadRow(f"message {index}: tool_calls in a {role} message; only the assistant calls")
-    if "loss" in message:
-        _check_loss(message["loss"], index)
+    if len(message) > 2:
+        _check_extras(message, index)
     if content is message.get("content"):
         return message  # type: ignore[return-value]
     return {**message, "content": content}  # type: ignore[typeddict-item,return-value]
@@ -111,11 +111,21 @@ def check_text(text: str, what: str) -> None:
         ) from error
 
 
-def _check_loss(loss: Any, index: int) -> None:
-    if not isinstance(loss, (bool, int, float)) or not 0 <= loss < float("inf"):
-        raise BadRow(
-            f"message {index}: loss is {_shown(loss)}; allowed: true, false or a weight from 0 up"
-        )
+def _check_extras(message: dict[str, Any], index: int) -> None:
+    for key in ("reasoning_content", "name", "tool_call_id"):
+        value = message.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise BadRow(f"message {index}: {key} is {_shown(value)}, not text")
+        check_text(value, f"message {index}: {key}")
+    if "loss" in message:
+        loss = message["loss"]
+        if not isinstance(loss, (bool, int, float)) or not 0 <= loss < float("inf"):
+            raise BadRow(
+                f"message {index}: loss is {_shown(loss)}; allowed: true, false or a weight "
+                "from 0 up"
+            )
 
 
 def _check_calls(calls: Any, index: int) -> list[dict[str, Any]]:

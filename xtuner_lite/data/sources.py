@@ -12,7 +12,7 @@ from typing import Any
 
 from xtuner_lite.data.readers import READERS, SUFFIXES, suffix_of
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -82,7 +82,12 @@ def _open_list(data: list[Any]) -> list[tuple[str, Reader]]:
         return [source for item in data for source in _open_name(str(item))]
     if any(isinstance(item, (str, Path)) for item in data):
         raise TypeError("data mixes paths and rows in one list; give a list of one kind")
-    return [("rows", lambda: _enumerate(data))]
+    return [("rows", lambda: _enumerate(map(_plain, data)))]
+
+
+def _plain(row: Any) -> Any:
+    """A row written in a config is a ConfigDict down to its messages; templates want dicts."""
+    return row.to_dict() if isinstance(row, dict) and hasattr(row, "to_dict") else row
 
 
 def _enumerate(rows: Iterable[Any]) -> Iterator[tuple[int, Any, str | None]]:
@@ -102,9 +107,8 @@ def _open_name(name: str) -> list[tuple[str, Reader]]:
         if not files:
             raise FileNotFoundError(f"no file matches {name!r}{_nearest(path)}. Correct data=.")
         return [_open_file(f, Path(f)) for f in files]
-    if _HUB_ID.fullmatch(name) and suffix_of(path) not in READERS and not path.parent.is_dir():
-        return [(name, lambda: _enumerate(_load_from_hub(name)))]
-    if _HUB_ID.fullmatch(name) and "/" in name and suffix_of(path) not in READERS:
+    looks_local = suffix_of(path) in READERS or path.parent.is_dir()
+    if _HUB_ID.fullmatch(name) and not looks_local:
         return [(name, lambda: _enumerate(_load_from_hub(name)))]
     raise FileNotFoundError(f"{name!r} does not exist{_nearest(path)}. Correct data=.")
 
