@@ -24,7 +24,7 @@ def default() -> TemplateParts:
 
 @TEMPLATES.register_module()
 def chatml() -> TemplateParts:
-    """ChatML: <|im_start|>role ... <|im_end|>, tools and calls in Hermes form."""
+    """ChatML: <|im_start|>role and <|im_end|>; tools and calls in Hermes form."""
     return TemplateParts(
         system="<|im_start|>system\n{system}<|im_end|>\n",
         user="<|im_start|>user\n{input}<|im_end|>\n",
@@ -67,7 +67,7 @@ def internlm2_chat() -> TemplateParts:
 
 @TEMPLATES.register_module()
 def llama3_chat() -> TemplateParts:
-    """Llama 3: <|start_header_id|>role<|end_header_id|> ... <|eot_id|>."""
+    """Llama 3: <|start_header_id|>role<|end_header_id|> and <|eot_id|>."""
     return TemplateParts(
         system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
         user="<|start_header_id|>user<|end_header_id|>\n\n{input}<|eot_id|>",
@@ -108,7 +108,7 @@ def vicuna() -> TemplateParts:
 
 @TEMPLATES.register_module()
 def gemma() -> TemplateParts:
-    """Gemma and Gemma 2: <start_of_turn>user ... <end_of_turn>; no system prompt."""
+    """Gemma and Gemma 2: <start_of_turn>user and <end_of_turn>; no system prompt."""
     return TemplateParts(
         user="<start_of_turn>user\n{input}<end_of_turn>\n",
         assistant="<start_of_turn>model\n",
@@ -121,7 +121,7 @@ def gemma() -> TemplateParts:
 
 @TEMPLATES.register_module()
 def phi3_chat() -> TemplateParts:
-    """Phi-3: <|user|> ... <|end|>."""
+    """Phi-3: <|user|>, <|assistant|> and <|end|>."""
     return TemplateParts(
         system="<|system|>\n{system}<|end|>\n",
         user="<|user|>\n{input}<|end|>\n",
