@@ -38,7 +38,8 @@ def test_writes_json_lines_in_readable_chinese(tmp_path):
 def test_never_overwrites_without_force(tmp_path):
     out = tmp_path / "me.json"
     out.write_text("mine")
-    with pytest.raises(FileExistsError, match="me.json exists and is not overwritten.*--force"):
+    message = "me.json exists and is not overwritten.*--force"
+    with pytest.raises(make_identity.OutputError, match=message):
         run(str(out), "--name", "N", "--author", "A")
     assert out.read_text() == "mine"
     assert run(str(out), "--name", "N", "--author", "A", "--force") == 0

@@ -13,6 +13,12 @@ from xtuner_lite.data.identity import LANGUAGES, build_identity_rows
 HELP = "write data that teach a model its name and its author (OpenAI messages format)"
 
 
+class OutputError(ValueError):
+    """The file cannot be written as asked."""
+
+    exit_code = 2  # a mistake of the user's, told without traceback
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments to its parser."""
     parser.add_argument(
@@ -42,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Writes the file and says what is in it. Returns the exit code.
 
     Raises:
-        ValueError: see :func:`build_identity_rows`; or OUT ends in neither .json nor .jsonl.
-        FileExistsError: OUT exists and ``--force`` was not given.
+        IdentityError: see :func:`build_identity_rows`.
+        OutputError: see :func:`write_rows`.
     """
     rows = build_identity_rows(args.name, args.author, args.num_rows, args.lang)
     path = write_rows(rows, Path(args.out), force=args.force)
@@ -61,14 +67,14 @@ def write_rows(rows: list[dict[str, Any]], path: Path, *, force: bool = False) -
         The path written.
 
     Raises:
-        ValueError: the ending is neither .json nor .jsonl.
-        FileExistsError: the file is there and ``force`` is False.
+        OutputError: the ending is neither .json nor .jsonl, or the file is there and ``force`` is
+            False.
     """
     path = path.expanduser()
     if path.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"{path}: the ending must be .json or .jsonl; rename the output file")
+        raise OutputError(f"{path}: the ending must be .json or .jsonl; rename the output file")
     if path.exists() and not force:
-        raise FileExistsError(
+        raise OutputError(
             f"{path} exists and is not overwritten; give another name, or --force to replace it"
         )
     if path.suffix == ".json":

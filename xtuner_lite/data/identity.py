@@ -20,6 +20,12 @@ LANGUAGES: tuple[Language, ...] = get_args(Language)
 MAX_NAME_LENGTH = 80
 
 
+class IdentityError(ValueError):
+    """A name, author, number or language that cannot be used."""
+
+    exit_code = 2  # a mistake of the user's, told without traceback
+
+
 def build_identity_rows(
     name: str,
     author: str,
@@ -42,17 +48,17 @@ def build_identity_rows(
         ``[{"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}, ...]``
 
     Raises:
-        ValueError: name or author is empty, too long or has a line break or control character;
+        IdentityError: name or author is empty, too long or has a line break or control character;
             n is below 1; languages is empty or holds an unknown one.
     """
     fills = {"name": _checked("name", name), "author": _checked("author", author)}
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-        raise ValueError(
+        raise IdentityError(
             f"n={n!r}: the number of rows is a whole number from 1 up; leave it out for all"
         )
     unknown = [lang for lang in languages if lang not in LANGUAGES]
     if unknown or not languages:
-        raise ValueError(
+        raise IdentityError(
             f"languages={list(languages)!r}: allowed are {' and '.join(map(repr, LANGUAGES))}; "
             "give at least one of them"
         )
@@ -97,14 +103,14 @@ def _fill(text: str, fills: dict[str, str]) -> str:
 def _checked(what: str, value: str) -> str:
     """The value without outer blanks; see :func:`build_identity_rows` for what is refused."""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{what}={value!r}: the {what} is empty; give a text, for example 'Ada'")
+        raise IdentityError(f"{what}={value!r}: the {what} is empty; give a text such as 'Ada'")
     value = value.strip()
     if not value.isprintable():
-        raise ValueError(
+        raise IdentityError(
             f"{what}={value!r}: has a line break or control character; give it on one line of text"
         )
     if len(value) > MAX_NAME_LENGTH:
-        raise ValueError(
+        raise IdentityError(
             f"{what} has {len(value)} characters, at most {MAX_NAME_LENGTH} are allowed: "
             "it stands in every answer; shorten it"
         )

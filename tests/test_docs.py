@@ -1,0 +1,99 @@
+"""The documentation: python blocks run, commands of the how-tos run, links lead somewhere.
+
+In a page, a python block whose first line is ``# file: NAME`` is written to that file; the others
+are executed, in order, in one namespace. ``xtuner-lite`` lines of bash blocks in docs/howto are run
+with a 2-layer model in place of the shipped one and two optimizer steps.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_llama, tiny_tokenizer
+from xtuner_lite import discovery
+from xtuner_lite.cli.main import main
+from xtuner_lite.registry import REGISTRIES
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+HOWTOS = sorted((ROOT / "docs/howto").glob("*.md"))
+OTHERS_WITH_PYTHON = [
+    page for page in PAGES if page not in HOWTOS and "```python" in page.read_text(encoding="utf-8")
+]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def run_python_blocks(page: Path) -> None:
+    namespace: dict = {"__name__": "docs"}
+    for block in blocks(page, "python"):
+        first = block.splitlines()[0]
+        if first.startswith("# file: "):
+            Path(first.removeprefix("# file: ").strip()).write_text(block, encoding="utf-8")
+        else:
+            exec(compile(block, name_of(page), "exec"), namespace)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny_model")
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def plugins_forgotten():
+    """Takes away afterwards what the pages' plug-ins registered."""
+    yield
+    for registry in REGISTRIES.values():
+        for name, part in list(registry._module_dict.items()):
+            if part.__module__.startswith("xtuner_lite_plugin_"):
+                del registry._module_dict[name]
+    discovery.PLUGIN_ENTRIES.clear()
+    discovery.PLUGIN_FILES.clear()
+
+
+def test_the_pages_are_there():
+    assert len(PAGES) >= 15
+    assert len(HOWTOS) >= 3
+    assert len(OTHERS_WITH_PYTHON) >= 4
+
+
+@pytest.mark.parametrize("page", OTHERS_WITH_PYTHON, ids=name_of)
+@pytest.mark.usefixtures("plugins_forgotten")
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_python_blocks(page)
+
+
+@pytest.mark.parametrize("page", HOWTOS, ids=name_of)
+@pytest.mark.usefixtures("plugins_forgotten")
+def test_a_howto_runs_from_top_to_bottom(page, tmp_path, monkeypatch, tiny_model):
+    monkeypatch.chdir(tmp_path)
+    run_python_blocks(page)
+    commands = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    assert any(line.startswith("xtuner-lite train") for line in commands)
+    small = [f"model_path={tiny_model}", "max_length=128"]
+    for line in commands:
+        program, *argv = shlex.split(line, comments=True)
+        assert program == "xtuner-lite", line
+        if argv[0] == "train":
+            argv += ["--cfg-options", *small, "train_cfg.max_epochs=None", "train_cfg.max_iters=2"]
+        assert main(argv) == 0, line
+    assert list(tmp_path.glob("work_dirs/*/checkpoints/iter_2/adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{name_of(page)} links to {target}"
