@@ -164,6 +164,14 @@ def test_text_data():
     assert dataset.ledger.rows_eos_learnt == 2
 
 
+def test_text_under_another_key_needs_no_chat_template():
+    options = dict(tokenizer=tiny_tokenizer(None), max_length=16)
+    dataset = TextDataset([{"body": "one"}], map_fn=lambda row: {"text": row["body"]}, **options)
+    assert dataset.num_rows == 1
+    with pytest.raises(ValueError, match="takes plain text only"):
+        TextDataset([{"q": "a", "a": "b"}], map_fn=own_map_fn, **options)
+
+
 def test_text_is_recognised_too():
     dataset = make([{"text": "one two"}])
     assert (dataset[0]["labels"] != IGNORE_INDEX).sum() == len(dataset[0]["labels"]) - 1

@@ -95,7 +95,7 @@ class ChatDataset(Dataset):
         rows = islice(read_rows(data), limit)
         function, rows = _resolve_map_fn(map_fn, rows, self.name, notes)
         encoder = RowEncoder(
-            template=ChatTemplate(tokenizer) if _needs_template(function) else None,
+            template=ChatTemplate(tokenizer) if self._needs_template(function) else None,
             encode_text=partial(encode_text, tokenizer),
             map_fn=function,
             max_length=None if packing == "concat" else max_length,
@@ -119,6 +119,9 @@ class ChatDataset(Dataset):
         """A row cut in two (packing="concat") loses the target at the start of each later piece."""
         first = self._row_start[self._packs.row] + self._packs.start
         self.ledger.tokens_supervised -= int(self._rows.learnt[first].sum())
+
+    def _needs_template(self, map_fn: MapFn) -> bool:
+        return map_fn is not MAP_FNS.get("pretrain")
 
     @property
     def num_rows(self) -> int:
@@ -165,8 +168,8 @@ class TextDataset(ChatDataset):
         tokenizer: needs an EOS token, no chat template. Given by the Runner.
         max_length: tokens of one sample.
         packing: "concat" fills every sample to max_length; "best_fit" cuts no document that fits.
-        map_fn: "pretrain" reads the key 'text'.
-        **options: as ChatDataset's: overlong, on_bad_row, num_proc, limit, name.
+        map_fn: "pretrain" reads the key 'text'; any other must return dict(text=...).
+        overlong, on_bad_row, num_proc, limit, name: as ChatDataset's.
     """
 
     def __init__(
@@ -195,6 +198,9 @@ class TextDataset(ChatDataset):
             limit=limit,
             name=name,
         )
+
+    def _needs_template(self, map_fn: MapFn) -> bool:
+        return False
 
 
 def _gather(flat: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -273,10 +279,6 @@ def _unlazy(function: Any) -> Callable[..., Any]:
             "(xtuner-lite list map_fns), or a function from a row to dict(messages=...)"
         )
     return function
-
-
-def _needs_template(map_fn: MapFn) -> bool:
-    return map_fn is not MAP_FNS.get("pretrain")
 
 
 def _check_usable(ledger: Ledger, max_length: int | None) -> None:
