@@ -53,13 +53,15 @@ def test_a_line_a_person_can_read():
         "grad_norm": 0.531,
         "extra": {"accuracy": 0.5},
         "tokens_per_s": 1234.5,
+        "units_per_s": 600.0,
+        "unit_name": "supervised tokens",
         "data_share": 0.01,
         "peak_memory_bytes": 1.5 * 2**30,
         "eta_s": 75,
     }
     assert train_line(record, max_iters=120, max_epochs=3) == (
         "step  20/120  epoch 1/3  loss 1.2346  lr 2.000e-04  grad_norm 0.531  accuracy 0.5  "
-        "1234 tokens/s  memory 1.50 GiB  eta 0:01:15"
+        "1234 tokens/s  600 supervised tokens/s  memory 1.50 GiB  eta 0:01:15"
     )
 
 

@@ -17,7 +17,9 @@ def test_speeds_fit_together(tmp_path):
     history, _ = runner.message_hub.get_scalar("train/tokens_per_s").data
     assert history.tolist() == [step["tokens_per_s"] for step in outputs.steps]
     # 6 steps of 2 x 2 samples, a token and a unit each.
-    assert re.search(r"trained 6 steps, 24 tokens \(24 units of loss\) in 0:00:0", log_text(runner))
+    assert re.search(
+        r"trained 6 steps, 24 tokens, 24 units of the loss in 0:00:0", log_text(runner)
+    )
 
 
 def test_the_wait_for_data_is_counted():

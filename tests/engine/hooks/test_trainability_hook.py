@@ -121,6 +121,14 @@ def test_steps_with_learning_rate_zero_do_not_count():
     assert log.infos[-1].endswith("(after 2 updates)")
 
 
+def test_a_first_step_that_is_not_finite_says_nothing():
+    model, hook, log = Model(), TrainabilityReportHook(), Log()
+    runner = SimpleNamespace(model=model, iter=0, logger=log)
+    hook.before_train(runner)
+    hook.before_optimizer_step(runner, 0, None, {"loss": float("nan"), "num_units": 2.0})
+    assert log.warnings == []
+
+
 def test_a_loss_that_reaches_nothing_is_an_error():
     leaf = torch.zeros((), requires_grad=True)
     with pytest.raises(RuntimeError, match="none of the 4 trainable tensors got a gradient"):
@@ -138,11 +146,17 @@ def test_nothing_trainable_is_an_error_before_training(tmp_path):
 def test_the_report():
     # 2 layers: base 16, lora_A 8 and lora_B 8 weights each.
     report = format_report(group_parameters(Model().named_parameters()))
-    lines = report.splitlines()
-    assert lines[0] == "trained: 32 parameters (50.00%) in 4 tensors"
-    assert lines[1].split() == ["layers.*.lora_A.default.weight", "2", "x", "16", "float32"]
-    assert lines[3] == "frozen: 32 parameters (50.00%) in 2 tensors"
-    assert lines[4].split() == ["layers.*.base.weight", "2", "x", "32", "float32"]
+    assert report.splitlines() == [
+        "parameters (names under layers.*.):",
+        "trained: 32 parameters (50.00%) in 4 tensors",
+        "    lora_A.default.weight  2 x  16  float32",
+        "    lora_B.default.weight  2 x  16  float32",
+        "frozen: 32 parameters (50.00%) in 2 tensors",
+        "    base.weight  2 x  32  float32",
+    ]
+    assert format_report(group_parameters(Model(unused=True).named_parameters())).startswith(
+        "trained: 52 parameters"
+    )
 
 
 def test_under_the_runner(tmp_path):

@@ -60,6 +60,8 @@ def train_line(record: dict[str, Any], *, max_iters: int, max_epochs: int | None
         parts.append(f"{name} {format_number(value)}")
     if "tokens_per_s" in record:
         parts.append(f"{format_number(record['tokens_per_s'])} tokens/s")
+    if "units_per_s" in record and "unit_name" in record:
+        parts.append(f"{format_number(record['units_per_s'])} {record['unit_name']}/s")
     if record.get("data_share", 0.0) >= 0.05:  # below that the data is no news
         parts.append(f"waiting for data {record['data_share']:.0%}")
     if "peak_memory_bytes" in record:

@@ -126,11 +126,15 @@ class LoggerHook(Hook):
 
     def after_run(self, runner) -> None:
         """Closes the files and the visualizer."""
+        self.close()
+        if runner.rank == 0:
+            runner.visualizer.close()
+
+    def close(self) -> None:
+        """Ends the bar and closes the file; for a run that ends by an error as well."""
         self._close_bar()
         if self._metrics_log is not None:
             self._metrics_log.close()
-        if runner.rank == 0:
-            runner.visualizer.close()
 
     def _record(self, means: IntervalMeans) -> dict[str, Any]:
         """The values of the interval under their logged names; the interval starts anew."""
@@ -151,6 +155,8 @@ class LoggerHook(Hook):
         known = {"step", "epoch", "loss", "grad_norm", "num_nonfinite_steps", "eta_s"}
         known.update(self._lr, _SUMMED, _DERIVED)
         record["extra"] = {k: v for k, v in record.items() if k not in known}
+        if hasattr(runner.model, "unit_name"):  # e.g. "supervised tokens"
+            record["unit_name"] = runner.model.unit_name
         line = train_line(record, max_iters=runner.max_iters, max_epochs=runner.max_epochs)
         runner.logger.info(line, extra={SHOWN_IN_BAR: self._bar is not None})
 
@@ -233,7 +239,8 @@ class IntervalMeans:
             step_time_s = self._sums["step_time_s"]
             values["tokens_per_s"] = self._sums["num_tokens"] / step_time_s
             values["units_per_s"] = self._sums["num_units"] / step_time_s
-            values["data_share"] = self._sums.get("data_time_s", 0.0) / step_time_s
+            if "data_time_s" in self._sums:
+                values["data_share"] = self._sums["data_time_s"] / step_time_s
         if "peak_memory_bytes" in self._newest:
             values["peak_memory_bytes"] = self._newest["peak_memory_bytes"]
         if self._num_nonfinite:

@@ -68,9 +68,10 @@ class ThroughputHook(Hook):
         total = self._totals
         if total["num_steps"] == 0:
             return
+        unit_name = getattr(runner.model, "unit_name", "units of the loss")
         runner.logger.info(
-            f"trained {total['num_steps']} steps, {total['num_tokens']:.0f} tokens "
-            f"({total['num_units']:.0f} units of loss) in {format_duration(total['step_time_s'])}: "
+            f"trained {total['num_steps']} steps, {total['num_tokens']:.0f} tokens, "
+            f"{total['num_units']:.0f} {unit_name} in {format_duration(total['step_time_s'])}: "
             f"{format_number(total['num_tokens'] / total['step_time_s'])} tokens/s, "
             f"peak memory {format_bytes(peak_memory_bytes())}"
         )

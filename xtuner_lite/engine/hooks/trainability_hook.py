@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -85,8 +86,9 @@ class TrainabilityReportHook(Hook):
             RuntimeError: no trainable parameter has a gradient.
         """
         self._watched = {}
-        if not self._pending or outputs["num_units"] == 0:
-            return
+        is_finite = math.isfinite(outputs["loss"]) and math.isfinite(outputs.get("grad_norm", 0.0))
+        if not self._pending or not is_finite or outputs["num_units"] == 0:
+            return  # such a step says nothing; the guard hook decides what becomes of it
         without: list[str] = []
         for name, parameter in self._pending.items():
             element = _largest_gradient(parameter)
@@ -157,23 +159,38 @@ def group_parameters(named: Iterable[tuple[str, nn.Parameter]]) -> list[Paramete
 def format_report(groups: list[ParameterGroup]) -> str:
     """The table of trained and frozen parameters as text of several lines."""
     total = sum(g.num_params for g in groups)
-    lines = []
+    prefix = _common_prefix([g.pattern for g in groups])
+    lines = [f"parameters (names under {prefix}):"] if prefix else []
     for title, wanted in (("trained", True), ("frozen", False)):
         chosen = sorted((g for g in groups if g.trainable is wanted), key=lambda g: -g.num_params)
         num_params = sum(g.num_params for g in chosen)
         share = num_params / total if total else 0.0
         num_tensors = sum(g.num_tensors for g in chosen)
         lines.append(f"{title}: {num_params:,} parameters ({share:.2%}) in {num_tensors} tensors")
-        width = max((len(g.pattern) for g in chosen[:_MAX_ROWS]), default=0)
-        for group in chosen[:_MAX_ROWS]:
-            dtypes = "/".join(sorted(group.dtypes))
+        rows = [
+            (g.pattern[len(prefix) :], f"{g.num_tensors} x", f"{g.num_params:,}", g.dtypes)
+            for g in chosen[:_MAX_ROWS]
+        ]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+        for name, count, size, dtypes in rows:
             lines.append(
-                f"    {group.pattern:<{width}}  {group.num_tensors:>4} x  "
-                f"{group.num_params:>15,}  {dtypes}"
+                f"    {name:<{widths[0]}}  {count:>{widths[1]}}  {size:>{widths[2]}}  "
+                + "/".join(sorted(dtypes))
             )
         if len(chosen) > _MAX_ROWS:
             lines.append(f"    and {len(chosen) - _MAX_ROWS} more patterns")
     return "\n".join(lines)
+
+
+def _common_prefix(patterns: list[str]) -> str:
+    """The modules that all names begin with, 'llm.base_model.', '' for none."""
+    parts = [pattern.split(".")[:-1] for pattern in patterns]
+    common = []
+    for names in zip(*parts):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    return "".join(name + "." for name in common)
 
 
 def collapse_name(name: str) -> str:
