@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+    from xtuner_lite.structures import Batch
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
     " + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -105,3 +107,67 @@ def tiny_llama(
             )
         )
     return model.train()
+
+
+def tiny_speaker(tokenizer: PreTrainedTokenizerFast, text: str) -> LlamaForCausalLM:
+    """A model that answers ``text``, ends its turn and would then talk on, whatever it is asked.
+
+    Its next token depends on the last one alone, so each token of ``text`` may appear only once.
+    """
+    import torch
+
+    ids = tokenizer(text + "<|im_end|>zq")["input_ids"]
+    prompt_end = tokenizer("assistant\n")["input_ids"][-1]
+    model = tiny_llama(hidden_size=384, num_layers=1, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(384))
+        model.lm_head.weight.zero_()
+        for token, following in zip([prompt_end, *ids], ids, strict=False):
+            assert not model.lm_head.weight[:, token].any(), f"token {token} appears twice"
+            model.lm_head.weight[following, token] = 1.0
+    return model.eval()
+
+
+def tiny_batch(rows: list[list[list[int]]], *, num_prompt: int = 2) -> Batch:
+    """A collated batch of packed rows, as packed_collate makes it.
+
+    Each row is a list of segments, each segment a list of token ids whose first ``num_prompt``
+    carry no label. Shorter rows are filled up with token 0, a segment of its own without labels.
+    """
+    import torch
+
+    from xtuner_lite.structures import IGNORE_INDEX
+
+    width = max(sum(map(len, row)) for row in rows)
+    ids, labels, positions, lengths = [], [], [], []
+    for row in rows:
+        segments = list(row)
+        if missing := width - sum(map(len, row)):
+            segments.append([0] * missing)
+        padded = len(segments) > len(row)
+        ids.append([token for segment in segments for token in segment])
+        labels.append([])
+        for index, segment in enumerate(segments):
+            is_padding = padded and index == len(segments) - 1
+            hidden = len(segment) if is_padding else num_prompt
+            labels[-1] += [IGNORE_INDEX] * min(hidden, len(segment)) + segment[hidden:]
+            lengths.append(len(segment))
+        positions.append([p for segment in segments for p in range(len(segment))])
+    return {
+        "input_ids": torch.tensor(ids),
+        "labels": torch.tensor(labels),
+        "position_ids": torch.tensor(positions),
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
+        "num_tokens": sum(len(segment) for row in rows for segment in row),
+        "row_ids": [[f"tiny:{i}:{j}" for j in range(len(row))] for i, row in enumerate(rows)],
+    }
+
+
+def tiny_segments(*lengths: int, vocab_size: int = 384, seed: int = 0) -> list[list[int]]:
+    """Random token ids (3 and up), one list per length."""
+    import random
+
+    numbers = random.Random(seed)
+    return [[numbers.randrange(3, vocab_size) for _ in range(length)] for length in lengths]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +48,7 @@ class ChatSession:
         """Forgets the conversation; the system message stays."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
-    def send(self, text: str) -> Iterator[str]:
+    def send(self, text: str) -> Generator[str, None, None]:
         """Pieces of the reply to ``text``.
 
         The turn enters the history when the reply ends, or as far as it came when the caller stops

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -158,7 +158,8 @@ def _reply_in_dialogue(session: ChatSession, text: str) -> None:
         print(f"\nerror: {error}")
 
 
-def _print_pieces(pieces: Iterator[str]) -> None:
-    for piece in pieces:
-        print(piece, end="", flush=True)
+def _print_pieces(pieces: Generator[str, None, None]) -> None:
+    with contextlib.closing(pieces):  # Ctrl-C while printing ends the generation too
+        for piece in pieces:
+            print(piece, end="", flush=True)
     print()

@@ -50,8 +50,8 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig | dict[str, Any]) -> 
             raise
         leaves = sorted({n.rsplit(".")[-1] for n, m in model.named_modules() if _is_linear(m)})
         raise ValueError(
-            f"the adapter's target_modules {config.target_modules!r} do not fit "
-            f"{type(model).__name__}: {error} Linear layers of this model: {', '.join(leaves)}"
+            f"the adapter does not fit {type(model).__name__}: {error} Its linear layers, for "
+            f"target_modules: {', '.join(leaves)}"
         ) from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -131,7 +131,7 @@ def stream_reply(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     **options: Any,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Pieces of the reply of ``generate_reply`` as they are generated.
 
     Closing the iterator (or leaving the loop over it) ends the generation after its current token.

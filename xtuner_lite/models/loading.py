@@ -54,32 +54,29 @@ def load_causal_lm(
         FileNotFoundError: no such folder or id, or the hub cannot be reached.
         ValueError: the folder is no causal language model, or ``quantization`` is unknown.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     import xtuner_lite.models.attention  # noqa: F401  (registers packed_sdpa)
 
     folder = resolve_model_path(path, hub=hub, revision=revision)
     _refuse_adapter_folder(folder)
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    implementation = choose_attention(config) if attn == "auto" else attn
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            config=config,
-            dtype="auto" if dtype is None else dtype,
-            quantization_config=_quantization_config(quantization),
-            attn_implementation=implementation,
-            trust_remote_code=trust_remote_code,
-            **kwargs,
-        )
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
+    has_own_code = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if not has_own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"{folder} holds a {config.model_type!r} model, which is no causal language model of "
             "the installed transformers; name a text model, or set trust_remote_code=True if its "
             "own code is to be run"
-        ) from error
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        config=config,
+        dtype="auto" if dtype is None else dtype,
+        quantization_config=_quantization_config(quantization),
+        attn_implementation=choose_attention(config) if attn == "auto" else attn,
+        trust_remote_code=trust_remote_code,
+        **kwargs,
+    )
     # What an adapter's config will call its base: an id others can fetch, else this folder.
     is_id = hub == "huggingface" and not str(path).startswith("pypi:") and not Path(path).exists()
     model.name_or_path = model.config._name_or_path = str(path if is_id else folder)

@@ -1,0 +1,107 @@
+"""Replies stop where the template says and leave no trace in a running training."""
+
+import random
+
+import pytest
+import torch
+from peft import LoraConfig
+from tests.tiny import tiny_llama, tiny_speaker, tiny_tokenizer
+
+from xtuner_lite.methods.sft import SupervisedFinetune
+from xtuner_lite.models.generate import Sampling, generate_reply, stream_reply
+
+TOKENIZER = tiny_tokenizer()
+MESSAGES = [{"role": "user", "content": "Who are you?"}]
+
+
+def speaker(text):
+    return tiny_speaker(TOKENIZER, text)
+
+
+def test_stops_where_the_template_ends_a_turn():
+    assert generate_reply(speaker("Hi!"), TOKENIZER, MESSAGES) == "Hi!"
+
+
+def test_max_new_tokens_ends_a_reply():
+    assert generate_reply(speaker("Hi!"), TOKENIZER, MESSAGES, max_new_tokens=1) in ("H", "Hi")
+
+
+def test_streamed_pieces_make_up_the_reply():
+    pieces = list(stream_reply(speaker("Hi!"), TOKENIZER, MESSAGES))
+    assert "".join(pieces) == "Hi!"
+
+
+def test_a_reader_that_leaves_ends_the_generation():
+    stream = stream_reply(tiny_llama(), TOKENIZER, MESSAGES, max_new_tokens=400)
+    next(stream)
+    stream.close()
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_a_failure_reaches_the_reader():
+    with pytest.raises(ValueError, match="temperature is -1; it must be 0 or more"):
+        list(stream_reply(tiny_llama(), TOKENIZER, MESSAGES, temperature=-1))
+
+
+def test_sampling_repeats_with_its_seed():
+    def reply(**options):
+        return generate_reply(tiny_llama(), TOKENIZER, MESSAGES, max_new_tokens=12, **options)
+
+    assert reply() == reply()
+    assert reply(temperature=2.0, seed=1) == reply(temperature=2.0, seed=1)
+    assert reply(temperature=2.0, seed=1) != reply(temperature=2.0, seed=2)
+    assert reply(temperature=2.0, seed=1, top_k=1) == reply()
+    assert reply(temperature=2.0, seed=1, top_p=1e-9) == reply()
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=2)])
+def test_nothing_of_the_training_is_touched(lora):
+    sft = SupervisedFinetune(
+        tiny_llama(attention_dropout=0.1), lora=lora, activation_checkpointing=True
+    )
+    base = sft.llm.get_base_model() if lora else sft.llm
+    base.model.norm.eval()
+    own = base.generation_config
+    torch.manual_seed(3)
+    before = (torch.get_rng_state(), random.getstate())
+    modes = [m.training for m in sft.modules()]
+    trainable = list(sft.trainable_parameters())
+    generate_reply(sft.llm, TOKENIZER, MESSAGES, max_new_tokens=3, temperature=1.0, seed=9)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert [m.training for m in sft.modules()] == modes
+    assert base.generation_config is own
+    assert base.is_activation_checkpointing
+    assert list(sft.trainable_parameters()) == trainable
+    assert base.config._attn_implementation == "packed_sdpa"
+
+
+def test_everything_is_put_back_after_a_failure(monkeypatch):
+    model = tiny_llama()
+    own = model.generation_config
+    monkeypatch.setattr(model, "generate", lambda **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate_reply(model, TOKENIZER, MESSAGES)
+    assert model.training
+    assert model.generation_config is own
+
+
+def test_a_prompt_that_fills_the_context_is_refused():
+    model = tiny_llama(max_position_embeddings=16)
+    with pytest.raises(ValueError, match="the model sees 16 at once; shorten it or start anew"):
+        generate_reply(model, TOKENIZER, [{"role": "user", "content": "one two " * 40}])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("max_new_tokens", 0, "1 or more"),
+        ("top_p", 0.0, "above 0 and at most 1"),
+        ("top_k", -1, "0 or more"),
+        ("repetition_penalty", 0.0, "above 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(option, value, allowed):
+    with pytest.raises(ValueError, match=f"{option} is {value}; it must be {allowed}"):
+        Sampling(**{option: value})

@@ -1,0 +1,100 @@
+"""What a config calls a model becomes a folder, or an error that says what to do."""
+
+import sys
+import types
+
+import pytest
+from tests.tiny import tiny_llama
+
+from xtuner_lite.models.hub import cache_dir, check_model_folder, resolve_model_path
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """An empty hub cache and no network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_model_folder_is_itself(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "m")
+    assert resolve_model_path(tmp_path / "m") == (tmp_path / "m").resolve()
+
+
+def test_a_missing_folder_names_the_nearest(tmp_path):
+    (tmp_path / "models" / "smollm2").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="has no 'smolm2'; did you mean 'smollm2'?"):
+        resolve_model_path(tmp_path / "models" / "smolm2")
+    with pytest.raises(FileNotFoundError, match="has no 'modles'; did you mean 'models'?"):
+        resolve_model_path(tmp_path / "modles" / "smollm2")
+    with pytest.raises(FileNotFoundError, match="its folders: smollm2"):
+        resolve_model_path(tmp_path / "models" / "zzz")
+
+
+def test_a_folder_that_is_no_model_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"no config.json and no weights .*it holds nothing"):
+        resolve_model_path(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"it has no weights \(\*.safetensors\); it holds config.json"
+    ):
+        check_model_folder(tmp_path)
+    (tmp_path / "config.json").rename(tmp_path / "adapter_config.json")
+    check_model_folder(tmp_path)
+
+
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "m.gguf").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file; a model is a folder"):
+        resolve_model_path(tmp_path / "m.gguf")
+
+
+def test_an_id_is_found_in_the_cache_without_network(offline):
+    snapshot = offline / "hub/models--owner--tiny/snapshots/abc"
+    tiny_llama().save_pretrained(snapshot)
+    refs = offline / "hub/models--owner--tiny/refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    assert resolve_model_path("owner/tiny") == snapshot
+
+
+def test_an_id_that_cannot_be_fetched(offline):
+    (offline / "owner").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match="'owner/tiny' is neither a folder here.*huggingface"
+    ):
+        resolve_model_path("owner/tiny")
+
+
+def test_modelscope(monkeypatch, offline):
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(ImportError, match="pip install modelscope"):
+        resolve_model_path("owner/tiny", hub="modelscope")
+
+    def snapshot_download(name, revision=None, local_files_only=False):
+        if local_files_only:
+            raise ValueError("not cached")
+        return str(offline / name)
+
+    module = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "modelscope", module)
+    assert resolve_model_path("owner/tiny", hub="modelscope") == offline / "owner/tiny"
+
+
+def test_an_unknown_hub(offline):
+    with pytest.raises(ValueError, match="hub is 'hf'; allowed: 'huggingface', 'modelscope'"):
+        resolve_model_path("owner/tiny", hub="hf")
+
+
+def test_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("XTUNER_LITE_HOME", str(tmp_path / "a"))
+    assert cache_dir() == tmp_path / "a"
+    monkeypatch.delenv("XTUNER_LITE_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert cache_dir() == tmp_path / "b/xtuner_lite"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache/xtuner_lite"
