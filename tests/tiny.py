@@ -1,4 +1,4 @@
-"""Tiny offline stand-ins for tests: a ChatML tokenizer trained on a few sentences, a 2-layer Llama."""
+"""Tiny offline stand-ins for tests: a ChatML tokenizer, a 2-layer Llama, batches of a few tokens."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 import pytest
 from peft import LoraConfig
-from tests.tiny import tiny_llama, tiny_speaker, tiny_tokenizer
 
+from tests.tiny import tiny_llama, tiny_speaker, tiny_tokenizer
 from xtuner_lite.chat.session import ChatSession, load_for_chat
 from xtuner_lite.methods.sft import SupervisedFinetune
 from xtuner_lite.models.generate import Sampling

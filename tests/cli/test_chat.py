@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from tests.tiny import tiny_speaker, tiny_tokenizer
 
+from tests.tiny import tiny_speaker, tiny_tokenizer
 from xtuner_lite.cli import chat
 
 TOKENIZER = tiny_tokenizer()

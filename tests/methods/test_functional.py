@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from tests.tiny import tiny_batch, tiny_segments
 from torch.nn.functional import cross_entropy
 
+from tests.tiny import tiny_batch, tiny_segments
 from xtuner_lite.methods.functional import (
     chunked_head_loss,
     count_target_tokens,

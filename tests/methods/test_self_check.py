@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tests.tiny import tiny_batch, tiny_llama, tiny_segments
 
+from tests.tiny import tiny_batch, tiny_llama, tiny_segments
 from xtuner_lite.methods.self_check import check_packed_forward
 from xtuner_lite.methods.sft import SupervisedFinetune
 

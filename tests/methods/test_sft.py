@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from peft import LoraConfig
-from tests.tiny import tiny_batch, tiny_llama, tiny_segments, tiny_tokenizer
 from torch.nn.functional import cross_entropy
 
+from tests.tiny import tiny_batch, tiny_llama, tiny_segments, tiny_tokenizer
 from xtuner_lite.methods.sft import SupervisedFinetune
 from xtuner_lite.models.packed_forward import packed_hidden_states
 from xtuner_lite.registry import MODELS

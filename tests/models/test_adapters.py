@@ -3,8 +3,8 @@
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig
-from tests.tiny import tiny_llama
 
+from tests.tiny import tiny_llama
 from xtuner_lite.models.adapters import add_adapter, build_peft_config, without_input_casts
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tests.tiny import tiny_batch, tiny_llama, tiny_segments
 
+from tests.tiny import tiny_batch, tiny_llama, tiny_segments
 from xtuner_lite.models.attention import (
     no_packing_mask,
     packed_sdpa_forward,

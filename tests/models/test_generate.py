@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 from peft import LoraConfig
-from tests.tiny import tiny_llama, tiny_speaker, tiny_tokenizer
 
+from tests.tiny import tiny_llama, tiny_speaker, tiny_tokenizer
 from xtuner_lite.methods.sft import SupervisedFinetune
 from xtuner_lite.models.generate import Sampling, generate_reply, stream_reply
 

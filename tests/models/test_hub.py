@@ -4,8 +4,8 @@ import sys
 import types
 
 import pytest
-from tests.tiny import tiny_llama
 
+from tests.tiny import tiny_llama
 from xtuner_lite.models.hub import cache_dir, check_model_folder, resolve_model_path
 
 

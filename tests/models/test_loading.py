@@ -3,9 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig
-from tests.tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoConfig
 
+from tests.tiny import tiny_llama, tiny_tokenizer
 from xtuner_lite.methods.sft import SupervisedFinetune
 from xtuner_lite.models.loading import (
     choose_attention,

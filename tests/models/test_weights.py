@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from tests.tiny import tiny_batch, tiny_llama, tiny_segments, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from tests.tiny import tiny_batch, tiny_llama, tiny_segments, tiny_tokenizer
 from xtuner_lite.methods.sft import SupervisedFinetune
 
 IDS = torch.tensor([[5, 6, 7, 8]])

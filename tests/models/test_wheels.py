@@ -6,8 +6,8 @@ import threading
 import zipfile
 
 import pytest
-from tests.tiny import tiny_llama
 
+from tests.tiny import tiny_llama
 from xtuner_lite.models import wheels
 from xtuner_lite.models.hub import resolve_model_path
 
@@ -100,8 +100,9 @@ def test_an_unknown_wheel():
 def test_the_saved_tokenizer_names_a_class_every_reader_knows(tmp_path):
     import json
 
-    from tests.tiny import tiny_tokenizer
     from transformers import AutoTokenizer
+
+    from tests.tiny import tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path)
