@@ -25,6 +25,7 @@ from pathlib import Path
 from xtuner_lite.suggestions import did_you_mean
 from xtuner_lite.version import __version__
 
+_PACKAGE = Path(__file__).resolve().parents[1]
 _PROG = "xtuner-lite"
 
 
@@ -110,15 +111,29 @@ def _build_parser(commands: dict[str, Command], chosen: str | None) -> argparse.
 
 
 def _report(error: Exception) -> int:
-    """Print an error: a user's mistake in short, anything else with its traceback."""
-    code = getattr(error, "exit_code", None)
+    """Print an error: what we tell the user in short, anything else with its traceback."""
+    code = getattr(error, "exit_code", 1)
     wanted = os.environ.get("XTUNER_LITE_TRACEBACK", "") not in ("", "0")
-    if not isinstance(code, int) or wanted:
+    if wanted or not _is_told(error):
         traceback.print_exception(type(error), error, error.__traceback__)
-        return code if isinstance(code, int) else 1
+        return code
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     print(f"error: {text}", file=sys.stderr)
     return code
+
+
+def _is_told(error: Exception) -> bool:
+    """Whether one of our ``raise`` statements made the error, for the user to read.
+
+    An error that Python or a library raised, even inside our code, is ours to look at: it keeps its
+    traceback.
+    """
+    if hasattr(error, "exit_code"):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or _PACKAGE not in Path(frames[-1].filename).parents:
+        return False
+    return (frames[-1].line or "").startswith("raise ")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from mmengine.config import Config
 
-from xtuner_lite.config import effective_settings
+from xtuner_lite.config import effective_settings, format_settings
 from xtuner_lite.data.preview import render_preview
 from xtuner_lite.runner.runner import Runner
 
@@ -26,8 +26,7 @@ def dry_run(cfg: Config) -> int:
         0, the exit code.
     """
     print("Effective settings (value, and where it was set):")
-    for key, value, origin in effective_settings(cfg):
-        print(f"  {key} = {value}    # {origin}")
+    print(format_settings(effective_settings(cfg)))
     runner = Runner.from_cfg(cfg)
     loader = runner.prepare_data()
     dataset, order = loader.dataset, loader.sampler.order(0)
