@@ -1,0 +1,126 @@
+"""configs/: every shipped page loads, is checked, is short and has its five parts."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xtuner_lite.config import check_config, dump_config, load_config
+from xtuner_lite.data.identity import build_identity_rows
+
+ROOT = Path(__file__).parents[2]
+LEAVES = sorted(p for p in (ROOT / "configs").rglob("*.py") if "_base_" not in p.parts)
+PARTS = ["# 1 Settings", "# 2 Model", "# 3 Data", "# 4 Schedule", "# 5 Runtime"]
+
+
+def test_the_configs_are_there():
+    assert len(LEAVES) >= 7
+    assert len({p.stem for p in LEAVES}) == len(LEAVES)  # a name finds one page
+
+
+@pytest.mark.parametrize("leaf", LEAVES, ids=lambda p: p.stem)
+def test_a_leaf_is_a_short_page_in_five_parts(leaf):
+    text = leaf.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 40
+    assert re.findall(r"^# \d \w+$", text, re.M) == PARTS
+    assert not re.findall(r"^\s*from \.", text, re.M)  # a copied page works from any folder
+    assert re.match(r"[a-z0-9_]+_(sft|pretrain)_(full|lora|qlora)_[a-z0-9]+$", leaf.stem)
+
+
+@pytest.mark.parametrize("leaf", LEAVES, ids=lambda p: p.stem)
+def test_a_leaf_checks_and_its_dump_reloads_equal(leaf, tmp_path):
+    cfg = load_config(leaf)
+    assert check_config(cfg) == []
+    written = dump_config(cfg, tmp_path / "dump.py")
+    again = load_config(written or tmp_path / "dump.py")
+    assert check_config(again) == []
+    assert again.to_dict() == cfg.to_dict()
+
+
+@pytest.mark.parametrize("leaf", LEAVES, ids=lambda p: p.stem)
+def test_a_setting_reaches_where_it_is_used(leaf):
+    options = ["model_path='here'", "data_path='there.json'", "max_length=77", "lr=0.5"]
+    cfg = load_config(leaf, overrides=options)
+    assert cfg.tokenizer.path == cfg.model.llm.path == "here"
+    assert cfg.train_dataloader.dataset.data == "there.json"
+    assert cfg.train_dataloader.dataset.max_length == 77
+    assert cfg.optim_wrapper.optimizer.lr == 0.5
+    assert cfg.param_scheduler.warmup > 0
+
+
+def misspelled(node: dict, path: tuple = ()):
+    """(path of a key, a function that misspells it) for every key in a config."""
+    for key, value in list(node.items()):
+        if isinstance(value, dict):
+            yield from misspelled(value, (*path, key))
+        if key != "type":
+            yield (*path, key)
+
+
+@pytest.mark.parametrize("leaf", LEAVES, ids=lambda p: p.stem)
+def test_a_misspelled_key_anywhere_is_refused_with_the_right_name(leaf):
+    paths = list(misspelled(load_config(leaf)._to_lazy_dict()))
+    assert len(paths) > 30
+    for path in paths:
+        cfg = load_config(leaf)
+        node = cfg
+        for key in path[:-1]:
+            node = node[key]
+        key = path[-1]
+        wrong = key + "x" if len(key) == 1 or key[-1] == key[-2] else key[:-2] + key[:-3:-1]
+        node[wrong] = node.pop(key)
+        problems = check_config(cfg)
+        assert any(key in str(problem) for problem in problems), f"{path} as {wrong}: {problems}"
+
+
+def test_loading_and_checking_every_config_imports_no_torch():
+    code = (
+        "import sys; from xtuner_lite.config import check_config, load_config\n"
+        f"leaves = {[str(leaf) for leaf in LEAVES]!r}\n"
+        "for leaf in leaves: assert not check_config(load_config(leaf))\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("leaf", LEAVES, ids=lambda p: p.stem)
+def test_a_leaf_trains_a_tiny_model(leaf, tmp_path, tiny_model):
+    import json
+
+    from xtuner_lite.runner.runner import Runner
+
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps(_rows_for(load_config(leaf))))
+    options = [("model_path", str(tiny_model)), ("data_path", str(data)), ("max_length", 96)]
+    cfg = load_config(leaf, overrides=[*options, ("work_dir", str(tmp_path / "run"))])
+    cfg.train_cfg = dict(max_iters=2)
+    cfg.optim_wrapper.accumulative_counts = 2
+    Runner.from_cfg(cfg).train()
+    saved = {p.name for p in (tmp_path / "run/checkpoints/iter_2").iterdir()}
+    expected = "adapter_model.safetensors" if "lora" in leaf.stem else "model.safetensors"
+    assert expected in saved
+
+
+def _rows_for(cfg) -> list[dict]:
+    """Rows in the format a config's map_fn reads."""
+    rows = build_identity_rows("Nova", "Ada", 12, languages=["en"])
+    pairs = [[message["content"] for message in row["messages"]] for row in rows]
+    map_fn = cfg.train_dataloader.dataset.get("map_fn", "pretrain")
+    if map_fn == "alpaca":
+        return [{"instruction": question, "output": answer} for question, answer in pairs]
+    if map_fn == "pretrain":
+        return [{"text": f"{question} {answer}"} for question, answer in pairs]
+    assert map_fn in ("openai", "auto")
+    return rows
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    from tests.tiny import tiny_llama, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
