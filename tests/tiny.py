@@ -1,4 +1,4 @@
-"""Tiny offline stand-ins for tests: a ChatML tokenizer, a 2-layer Llama, batches of a few tokens."""
+"""Tiny offline stand-ins for tests: a ChatML tokenizer, a 2-layer Llama, small batches."""
 
 from __future__ import annotations
 
