@@ -27,7 +27,8 @@ def mismatch(param: Param, value: Any) -> str | None:
     Returns:
         str such as "int or None", or "one of 'a', 'b'".
     """
-    if isinstance(value, (LazyObject, LazyAttr)) or value == param.default:
+    is_default = type(value) is type(param.default) and value == param.default
+    if is_default or isinstance(value, (LazyObject, LazyAttr)):
         return None
     if param.annotation is None or param.module is None and _is_opaque(param.annotation):
         return _by_default(param, value)

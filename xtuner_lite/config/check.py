@@ -13,9 +13,11 @@ from xtuner_lite.config.annotations import mismatch
 from xtuner_lite.config.errors import Problem
 from xtuner_lite.config.names import find
 from xtuner_lite.config.origins import KeyPath, Provenance, dotted, provenance_of
+from xtuner_lite.config.page import PAGE_MODULE
 from xtuner_lite.config.schema import (
     Target,
     default_hooks,
+    forwarded_names,
     keys_of,
     lazy_path,
     registry_of,
@@ -28,7 +30,7 @@ from xtuner_lite.registry import MAP_FNS
 from xtuner_lite.suggestions import did_you_mean, is_slip_of
 
 _SPECIAL_NAMES = ("auto",)
-_FREE_FORM = ("default_hooks", "data", "template")  # may be a dict that nothing is built from
+_FREE_FORM = {"default_hooks", "data", "template"}  # may hold dicts that nothing is built from
 
 
 def check_config(cfg: Config | dict[str, Any]) -> list[Problem]:
@@ -138,8 +140,8 @@ class _Checker:
                 yield from self._value((*path, index), item)
         elif isinstance(value, LazyAttr):
             yield from self._lazy_value(path, value)
-        elif isinstance(value, FunctionType):
-            yield self._problem(path, _function_message(value))
+        elif isinstance(value, (type, FunctionType)) and value.__module__ == PAGE_MODULE:
+            yield self._problem(path, _local_message(value))
         elif isinstance(value, (set, frozenset)):
             text = "a set has no order and cannot be written back; use a list or a tuple"
             yield self._problem(path, text)
@@ -183,8 +185,10 @@ class _Checker:
                 continue
             if not path and key == "cfg":
                 yield self._problem((*path, key), "this name is the Runner's own; choose another")
-            elif not signature.open or is_slip_of(str(key), allowed):
-                yield self._problem((*path, key), _unknown_key(str(key), path, signature, allowed))
+                continue
+            known = allowed if not signature.open else [*allowed, *forwarded_names(signature)]
+            if not signature.open or (key not in known and is_slip_of(str(key), known)):
+                yield self._problem((*path, key), _unknown_key(str(key), path, signature, known))
         for param in signature.accepted:
             if param.required and param.name not in value and param.name not in target.injected:
                 if param.name == "self":
@@ -228,7 +232,7 @@ class _Checker:
         if near:
             text = f"unknown key {near[0]!r}; did you mean 'type'?"
             yield self._problem((*path, near[0]), text)
-        elif registry is not None and value and path[-1] not in _FREE_FORM:
+        elif registry is not None and value and not set(path) & _FREE_FORM:
             text = (
                 f"this dict has no type, so it cannot be built; add type=..., "
                 f"see: xtuner-lite list {registry.plural}"
@@ -258,10 +262,11 @@ def _text_of(error: Exception, kind: Any) -> str:
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
-def _function_message(value: FunctionType) -> str:
-    code = value.__code__
+def _local_message(value: type | FunctionType) -> str:
+    code = getattr(value, "__code__", None)
+    place = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
     return (
-        f"the function {value.__name__!r} ({code.co_filename}:{code.co_firstlineno}) is defined in "
+        f"the {'class' if code is None else 'function'} {value.__name__!r}{place} is defined in "
         f"the config, so it cannot be written back; put it into a file of yours, register it "
         f"there and load it with --plugin FILE, or import it from a module"
     )

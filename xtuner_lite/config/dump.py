@@ -16,6 +16,7 @@ from mmengine.config.lazy import LazyAttr, LazyObject
 from xtuner_lite.config.errors import ConfigError, Problem
 from xtuner_lite.config.names import Definition, find
 from xtuner_lite.config.origins import KeyPath, Provenance, dotted, provenance_of
+from xtuner_lite.config.page import PAGE_MODULE
 from xtuner_lite.config.redact import redact
 from xtuner_lite.config.schema import lazy_path
 from xtuner_lite.config.source import NotFound, Unknown
@@ -145,7 +146,7 @@ class _Writer:
                         return repr(name)
         importable = module not in PLUGIN_FILES and module not in (
             "__main__",
-            "xtuner_lite_config_page",
+            PAGE_MODULE,
         )
         if importable and "<" not in qualname:
             return self._imported(module, tuple(qualname.split(".")), path)

@@ -31,6 +31,9 @@ from xtuner_lite.config.origins import (
 from xtuner_lite.discovery import find_module_file
 from xtuner_lite.suggestions import did_you_mean
 
+#: ``__module__`` of what a page itself defines.
+PAGE_MODULE = "xtuner_lite_config_page"
+
 
 class PageDict(ConfigDict):
     """mmengine's config dict while a page is read: lazy stays lazy, a wrong key names its like."""
@@ -112,7 +115,7 @@ class _PageRun:
         self.tracker = OriginTracker(str(file))
         self.namespace: dict[str, Any] = {
             "__file__": str(file),
-            "__name__": "xtuner_lite_config_page",
+            "__name__": PAGE_MODULE,
             LAZY: self._lazy_import,
         }
         self.packages: dict[

@@ -78,6 +78,18 @@ REGISTRY_OF_KEY: dict[str, str] = {
     "default_hooks": "hooks", "train_cfg": "loops", "val_cfg": "loops", "test_cfg": "loops",
 }  # fmt: skip
 
+_LOADING = ("transformers.modeling_utils", ("PreTrainedModel", "from_pretrained"))
+_TOKENIZING = ("transformers.models.auto.tokenization_auto", ("AutoTokenizer", "from_pretrained"))
+
+#: Callable with an open ``**kwargs`` -> where they end; only used to see misspelled names.
+FORWARDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "load_causal_lm": _LOADING,
+    "load_tokenizer": _TOKENIZING,
+    "AutoModelForCausalLM.from_pretrained": _LOADING,
+    "AutoModel.from_pretrained": _LOADING,
+    "AutoModelForImageTextToText.from_pretrained": _LOADING,
+}
+
 _FROM_LOADER = ("tokenizer", "accumulative_counts", "shuffle", "seed", "rank", "world_size")
 _FROM_LOOP = ("runner", "dataloader", "evaluator")
 
@@ -217,6 +229,12 @@ def _signature_of_path(name: str) -> Signature:
         except NotFound as caught:
             error = caught
     raise error
+
+
+def forwarded_names(signature: Signature) -> list[str]:
+    """Names that a callable with an open ``**kwargs`` is known to pass on."""
+    target = FORWARDS.get(signature.name)
+    return [] if target is None else signature_of(*target).names
 
 
 @cache

@@ -12,6 +12,7 @@ from typing import Any
 from xtuner_lite.config.names import Definition, find, linearize
 from xtuner_lite.config.parameters import (
     KEYWORD_ONLY,
+    POSITIONAL,
     POSITIONAL_ONLY,
     VAR_KEYWORD,
     VAR_POSITIONAL,
@@ -186,10 +187,19 @@ def _transformed_params(chain: tuple[Definition, ...]) -> tuple[Param, ...]:
     return (*(replace(param, kind=KEYWORD_ONLY) for param in fields), Param("kwargs", VAR_KEYWORD))
 
 
-def _accepted(chain: tuple[Definition, ...], start: int) -> tuple[tuple[Param, ...], bool]:
-    """(every named parameter, whether others are accepted), ``super().__init__`` followed."""
+def _accepted(
+    chain: tuple[Definition, ...], start: int, given: int = 0
+) -> tuple[tuple[Param, ...], bool]:
+    """(every named parameter, whether others are accepted), ``super().__init__`` followed.
+
+    ``given`` is the number of positional arguments that the calling ``__init__`` fills in.
+    """
     params, init, position = _own_init(chain, start)
-    named = tuple(p for p in params if p.kind not in (VAR_POSITIONAL, VAR_KEYWORD))
+    positional = [p for p in params if p.kind in (POSITIONAL_ONLY, POSITIONAL)]
+    filled = {p.name for p in positional[:given]}
+    named = tuple(
+        p for p in params if p.kind not in (VAR_POSITIONAL, VAR_KEYWORD) and p.name not in filled
+    )
     if init is None or init.args.kwarg is None:
         return named, any(p.kind is VAR_KEYWORD for p in params)
     name = init.args.kwarg.arg
@@ -197,8 +207,10 @@ def _accepted(chain: tuple[Definition, ...], start: int) -> tuple[tuple[Param, .
     call = super_call(init, name)
     if call is None:
         return named + popped, is_open
-    inherited, base_open = _accepted(chain, position + 1)
-    given = sum(not isinstance(item, ast.Starred) for item in call.args)
-    taken = {keyword.arg for keyword in call.keywords} | {p.name for p in named + popped}
-    rest = tuple(replace(p, kind=KEYWORD_ONLY) for p in inherited[given:] if p.name not in taken)
+    passed_on = sum(not isinstance(item, ast.Starred) for item in call.args)
+    if any(isinstance(item, ast.Starred) for item in call.args):
+        passed_on += max(given - len(positional), 0)  # what landed in *args
+    inherited, base_open = _accepted(chain, position + 1, passed_on)
+    taken = {keyword.arg for keyword in call.keywords} | {p.name for p in named + popped} | filled
+    rest = tuple(replace(p, kind=KEYWORD_ONLY) for p in inherited if p.name not in taken)
     return named + popped + rest, is_open or base_open
