@@ -1,6 +1,9 @@
 """`python tools/train.py CONFIG ...` is `xtuner-lite train CONFIG ...`."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from xtuner_lite.cli.main import main
 

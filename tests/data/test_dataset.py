@@ -283,3 +283,13 @@ def test_the_encoder_of_plain_text_refuses_conversations():
 
     with pytest.raises(ValueError, match="takes plain text only"):
         encoder.encode([Row("rows", 1, {"q": "a", "a": "b"})])
+
+
+def test_the_fingerprint_is_that_of_the_tokens_and_their_mask():
+    def fingerprint(answer, **options):
+        row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]}
+        return ChatDataset([row], tokenizer=tiny_tokenizer(), max_length=64, **options).fingerprint
+
+    assert fingerprint("b") == fingerprint("b")
+    assert fingerprint("b") != fingerprint("c")
+    assert fingerprint("b") != fingerprint("b", train_on="all")

@@ -34,7 +34,8 @@ tokenizer = dict(type=load_tokenizer, path=model_path)
 lora = dict(type=LoraConfig, r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear")
 model = dict(type=SupervisedFinetune, llm=dict(type=load_causal_lm, path=model_path), lora=lora)
 
-train_dataloader = dict(batch_size=1, dataset=dict(type=ChatDataset, data=data_path, max_length=max_length))
+train_set = dict(type=ChatDataset, data=data_path, max_length=max_length)
+train_dataloader = dict(batch_size=1, dataset=train_set)
 
 optim_wrapper["optimizer"].update(lr=1e-2)
 train_cfg = dict(max_epochs=2)

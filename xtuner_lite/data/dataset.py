@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -154,6 +155,17 @@ class ChatDataset(Dataset):
         if rows.weights is not None:
             sample["loss_weights"] = _gather(rows.weights, start, end)
         return sample
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of every token, mask and pack: equal exactly where training would see the same."""
+        digest = hashlib.sha256()
+        rows, packs = self._rows, self._packs
+        arrays = (rows.input_ids, rows.learnt, rows.weights, packs.row, packs.start, packs.end)
+        for array in arrays:
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:32]
 
     def _row_id(self, row: int) -> str:
         return f"{self._rows.sources[self._rows.source[row]]}:{self._rows.line[row]}"
