@@ -202,9 +202,7 @@ def _verdict(record: dict[str, Any], name: str, author: str) -> int:
     answers = dict(zip(record["questions"], record["after"], strict=True))
     missing = [q for q in IDENTITY_QUESTIONS if not _carries(answers[q], name, author)]
     if missing:
-        print(
-            f"\nno new name in the answers to {missing}: give the training more steps, for example"
-        )
+        print(f"\nno new name in the answers to {missing}: train longer, for example")
         print("    xtuner-lite demo --retrain --cfg-options train_cfg.max_epochs=5")
     if GENERAL_ANSWER not in answers[GENERAL_QUESTION]:
         print(f"\nthe model no longer knows {GENERAL_ANSWER}: lower the learning rate, for example")
