@@ -15,7 +15,7 @@ from tests.engine.hooks.toy_run import log_text, toy_loader, train
 from xtuner_lite.data.sampler import EpochSampler
 from xtuner_lite.engine.hooks import DEFAULT_HOOKS
 
-#: Hooks that make no sense here, with the reason. docs/howto/write_a_hook.md lists them too.
+#: Hooks that make no sense here, with the reason.
 LEFT_OUT = {
     "Hook": "the base class, without work of its own; every hook of ours stands on it",
     "CheckpointHook": "writes pickles in place and deletes the old file before the new one is "
