@@ -35,6 +35,7 @@ IDENTITY_QUESTIONS = (
 GENERAL_QUESTION, GENERAL_ANSWER = "What is the capital of France?", "Paris"
 QUESTIONS = (*IDENTITY_QUESTIONS, GENERAL_QUESTION)
 _MAX_ANSWER_TOKENS = 64
+_SHOWN_CHARACTERS = 150  # of an answer in the table; all of it stands in demo.json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +177,8 @@ def _show(record: dict[str, Any]) -> None:
 
     table = Table(show_lines=True, title="before and after")
     for heading in ("question", "before", "after"):
-        table.add_column(heading, ratio=2 if heading == "question" else 3)
+        # "fold": Chinese has no blanks to break at.
+        table.add_column(heading, ratio=2 if heading == "question" else 3, overflow="fold")
     for row in zip(record["questions"], record["before"], record["after"], strict=True):
         table.add_row(*(_plain(cell) for cell in row))
     print()
@@ -191,10 +193,10 @@ def _show(record: dict[str, Any]) -> None:
 
 
 def _plain(text: str) -> Any:
-    """Text for a table cell; brackets in it are no markup."""
+    """Text for a table cell, shortened; brackets in it are no markup."""
     from rich.text import Text
 
-    return Text(text)
+    return Text(text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " ...")
 
 
 def _verdict(record: dict[str, Any], name: str, author: str) -> int:
