@@ -217,12 +217,15 @@ class Registry(MMRegistry):
                 f"add type=..., see: xtuner-lite list {self.plural}"
             )
         target = self.resolve(keywords.pop("type"))
-        if keywords.pop("convert_to_iter_based", False):
+        names = _parameter_names(target)
+        if keywords.pop("convert_to_iter_based", False):  # mmengine's schedules, given in epochs
             target = target.build_iter_from_epoch
+            names |= _parameter_names(target)
         call = target
         if inspect.isclass(target) and issubclass(target, ManagerMixin):
             call = target.get_instance  # mmengine's global instances, found again by their name
-        keywords = _with_injected(target, keywords, injected)
+        extra = {name: value for name, value in injected.items() if name in names}
+        keywords = {**extra, **keywords}
         _check_binding(target, args, keywords, where)
         return call(*args, **keywords)
 
@@ -251,17 +254,6 @@ class Registry(MMRegistry):
                 f"write dict(type={value.__name__}, ...)"
             )
         return value
-
-
-def _with_injected(
-    target: Callable[..., Any], keywords: dict[str, Any], injected: dict[str, Any]
-) -> dict[str, Any]:
-    """Add the injected arguments that the signature names and the config does not set."""
-    if not injected:
-        return keywords
-    names = _parameter_names(target)
-    extra = {name: value for name, value in injected.items() if name in names}
-    return {**extra, **keywords}
 
 
 def _parameter_names(target: Callable[..., Any]) -> set[str]:
