@@ -301,3 +301,17 @@ def test_stop_training_ends_after_the_step(tmp_path):
 
     _, recorder = train(tmp_path, custom_hooks=[Stop()])
     assert len(recorder.losses) == 1
+
+
+def test_after_train_epoch_still_shows_the_epoch_that_ended(tmp_path):
+    epochs = []
+
+    class Watch(Hook):
+        def before_train_epoch(self, runner):
+            epochs.append(("begin", runner.epoch))
+
+        def after_train_epoch(self, runner):
+            epochs.append(("end", runner.epoch, runner.iter))
+
+    train(tmp_path, custom_hooks=[Watch()])
+    assert epochs == [("begin", 0), ("end", 0, 3), ("begin", 1), ("end", 1, 6)]

@@ -88,6 +88,11 @@ class HookContract:
         return Path(self.work_dir) / self.timestamp
 
     @property
+    def _train_loop(self) -> TrainLoop | None:
+        """The name under which mmengine's LogProcessor reads the loop."""
+        return self.train_loop
+
+    @property
     def log_processor(self) -> Any:
         """mmengine's LogProcessor, for its stock LoggerHook."""
         if not hasattr(self, "_log_processor"):

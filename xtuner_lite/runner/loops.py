@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,9 @@ class TrainLoop:
         self.stop_training = False
         self.num_completed_steps = 0
         self._iter = 0
+        self.data_time_s = 0.0  # waiting for the micro-batches of the current step
         self._skip = False
+        self._ending_epoch: int | None = None
 
     @property
     def iter(self) -> int:
@@ -72,7 +75,9 @@ class TrainLoop:
 
     @property
     def epoch(self) -> int:
-        """0-based number of the epoch that the current step belongs to."""
+        """0-based number of the epoch that the current step belongs to, or that just ends."""
+        if self._ending_epoch is not None:
+            return self._ending_epoch
         return self._iter // len(self.dataloader)
 
     def start_from(self, num_steps: int) -> None:
@@ -95,7 +100,10 @@ class TrainLoop:
                 self._iter % epoch_length == 0 or self._iter == first
             ):  # a resume starts inside an epoch
                 runner.call_hook("before_train_epoch")
-            self.train_step(next(steps))
+            begin = time.perf_counter()
+            micro_batches = next(steps)
+            self.data_time_s = time.perf_counter() - begin
+            self.train_step(micro_batches)
             if self._iter % epoch_length == 0 or self._iter == self.max_iters:
                 self._after_epoch()
             if self._validation_is_due():
@@ -134,9 +142,10 @@ class TrainLoop:
         self._iter += 1
 
     def _after_epoch(self) -> None:
-        # MMEngine's hooks see the epoch that has just ended, while iter already counts its last
-        # step.
+        # MMEngine's hooks see the epoch that has just ended, while iter counts its last step.
+        self._ending_epoch = (self._iter - 1) // len(self.dataloader)
         self.runner.call_hook("after_train_epoch")
+        self._ending_epoch = None
 
     def _validation_is_due(self) -> bool:
         if self.runner.val_loop is None or self._iter < self.val_begin or self.val_interval == 0:

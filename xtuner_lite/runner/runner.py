@@ -188,7 +188,7 @@ class Runner(HookContract):
                 resume_run(self, checkpoint)
                 self.logger.info(f"resumed from {checkpoint} at step {self.train_loop.iter}")
             stack.enter_context(self._signals)
-            stack.callback(self.visualizer.close)
+            stack.callback(self._close)
             self.train_loop.run()
             self.call_hook("after_run")
         return self.model
@@ -260,9 +260,19 @@ class Runner(HookContract):
         self.seed = set_randomness(seed, self._randomness.get("deterministic", False))
         self.logger.info(describe_environment(self))
         self.visualizer = build_visualizer(
-            self._sections["visualizer"], str(self.log_dir), cfg=self.cfg
+            self._sections["visualizer"],
+            str(self.log_dir),
+            cfg=self.cfg,
+            is_main=self.strategy.is_main,
         )
         return checkpoint
+
+    def _close(self) -> None:
+        """End what hooks and back-ends hold open, however the run ended."""
+        for hook in self.hooks:
+            if callable(close := getattr(hook, "close", None)):
+                close()
+        self.visualizer.close()
 
     def _find_resume_checkpoint(self) -> Path | None:
         if not self._resume:
