@@ -32,8 +32,8 @@ class StepTimes(Hook):
         self.steps.append(
             dict(
                 end_s=time.perf_counter(),
-                tokens=outputs["num_tokens"],
-                supervised=outputs["num_units"],
+                tokens=int(outputs["num_tokens"]),
+                supervised=int(outputs["num_units"]),
                 loss=outputs["loss"],
             )
         )
