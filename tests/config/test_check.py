@@ -40,7 +40,8 @@ def test_right_config_has_no_problem(tmp_path):
         ("begin_iter=3", "begin_itre=3", "custom_hooks.0.begin_itre", "did you mean 'begin_iter'"),
         ("dict(max_epochs=1)", 'dict(max_epochs="1")', "train_cfg.max_epochs",
          "got '1' .str.; allowed: int or None"),
-        ("lr = 2e-4", 'lr = "2e-4"', "optim_wrapper.optimizer.lr", "got '2e-4' .str.; allowed: float"),
+        ("lr = 2e-4", 'lr = "2e-4"', "optim_wrapper.optimizer.lr",
+         "got '2e-4' .str.; allowed: float"),
         ("path=model_path),\n", "path=model_path, devce_map=None),\n", "model.llm.devce_map",
          "load_causal_lm has no option 'devce_map'; did you mean 'device_map'"),
         ("batch_size=2", "batch_size=True", "train_dataloader.batch_size", "allowed: int"),
@@ -135,7 +136,8 @@ def test_lazy_value_that_exists(tmp_path):
 def test_setting_that_only_a_base_has_read(tmp_path):
     (tmp_path / "base.py").write_text(
         "max_length = 16\nlr = 1\n"
-        "train_dataloader = dict(dataset=dict(type='ChatDataset', data='x', max_length=max_length))\n"
+        "data = dict(type='ChatDataset', data='x', max_length=max_length)\n"
+        "train_dataloader = dict(dataset=data)\n"
         "model = dict(type='SupervisedFinetune', llm=dict(type='load', path='x'))\n"
     )
     leaf = tmp_path / "leaf.py"

@@ -98,7 +98,8 @@ def test_wrong_base_is_refused_with_its_line(tmp_path, text, message):
 def test_circle_of_bases_is_refused(tmp_path):
     for name, other in (("a", "b"), ("b", "a")):
         (tmp_path / f"{name}.py").write_text(
-            f"from mmengine.config import read_base\nwith read_base():\n    from .{other} import *\n"
+            "from mmengine.config import read_base\n"
+            f"with read_base():\n    from .{other} import *\n"
         )
     with pytest.raises(ConfigError, match="in a circle"):
         load_config(tmp_path / "a.py")

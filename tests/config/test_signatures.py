@@ -24,13 +24,14 @@ OURS = [
     ("xtuner_lite.models.loading", "load_causal_lm"),
     ("xtuner_lite.models.loading", "load_tokenizer"),
 ]
+OPTIMIZERS = """Adadelta Adafactor Adagrad Adam AdamW Adamax ASGD LBFGS Muon NAdam RAdam RMSprop
+    Rprop SGD SparseAdam"""
+HOOKS = "CheckpointHook EMAHook EarlyStoppingHook LoggerHook ParamSchedulerHook ProfilerHook"
+SCHEDULERS = "ConstantLR CosineAnnealingLR LinearLR MultiStepLR OneCycleLR PolyLR ReduceOnPlateauLR"
 OTHERS = [
-    *[("torch.optim", name) for name in
-      ["Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "LBFGS", "Muon", "NAdam", "RAdam", "RMSprop", "SGD"]],
-    *[("mmengine.hooks", name) for name in
-      ["CheckpointHook", "EMAHook", "EarlyStoppingHook", "LoggerHook", "ParamSchedulerHook", "ProfilerHook"]],
-    *[("mmengine.optim", name) for name in
-      ["ConstantLR", "CosineAnnealingLR", "LinearLR", "MultiStepLR", "OneCycleLR", "PolyLR", "ReduceOnPlateauLR"]],
+    *[("torch.optim", name) for name in OPTIMIZERS.split()],
+    *[("mmengine.hooks", name) for name in HOOKS.split()],
+    *[("mmengine.optim", name) for name in SCHEDULERS.split()],
     ("mmengine.visualization", "TensorboardVisBackend"),
     ("mmengine.dataset", "DefaultSampler"),
     ("transformers", "AutoTokenizer.from_pretrained"),
@@ -75,7 +76,8 @@ def test_nothing_is_imported():
     code = (
         "import sys; from xtuner_lite.config.signatures import signature_of\n"
         "for module, path in [('peft', ('LoraConfig',)), ('torch.optim', ('AdamW',)),\n"
-        "        ('transformers', ('AutoTokenizer', 'from_pretrained')), ('datasets', ('load_dataset',)),\n"
+        "        ('transformers', ('AutoTokenizer', 'from_pretrained')),\n"
+        "        ('datasets', ('load_dataset',)),\n"
         "        ('mmengine.optim', ('CosineAnnealingLR',))]:\n"
         "    signature_of(module, path)\n"
         "assert not {'torch', 'peft', 'transformers', 'datasets', 'mmengine'} & set(sys.modules)"
@@ -135,6 +137,7 @@ def test_stub_tells_about_c_modules():
     assert find("torch", ("bfloat16",)).name == "bfloat16"
 
 
+FORMS = "Root Left Right Both Open Base Derived Plain Plain.make function Alias"
 SOURCE = """
 from __future__ import annotations
 from dataclasses import dataclass, field, KW_ONLY
@@ -197,10 +200,7 @@ def module(tmp_path, monkeypatch):
     sys.modules.pop("sigs_mod", None)
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["Root", "Left", "Right", "Both", "Open", "Base", "Derived", "Plain", "Plain.make", "function", "Alias"],
-)
+@pytest.mark.parametrize("path", FORMS.split())
 def test_forms_of_signatures(module, path):
     static = signature_of(module, tuple(path.split(".")))
     assert shown(static.params) == real_signature(module, path)
