@@ -42,7 +42,7 @@ def test_trains_shows_both_answers_and_starts_at_once_the_second_time(
     assert record["questions"] == list(demo.QUESTIONS)
     assert len(record["before"]) == len(record["after"]) == 5
     assert (Path(record["adapter"]) / "adapter_model.safetensors").is_file()
-    assert f"xtuner-lite chat {tiny_model} --adapter {record['adapter']}" in out
+    assert f" chat {tiny_model} --adapter {record['adapter']}" in out
     assert "no new name in the answers" in out
 
     monkeypatch.setattr(demo, "_ask_train_ask", lambda *args: pytest.fail("trained again"))

@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -184,12 +185,23 @@ def _show(record: dict[str, Any]) -> None:
     print()
     Console().print(table)
     model, adapter = shlex.quote(record["model"]), shlex.quote(record["adapter"])
+    program = _program()
     print(f"\nadapter: {record['adapter']}  (trained in {record['training_s']:.0f} s)")
     print("chat with it:")
-    print(f"    xtuner-lite chat {model} --adapter {adapter}")
-    print(f"    python tools/chat.py {model} --adapter {adapter}")
+    print(f"    {program} chat {model} --adapter {adapter}")
     print("and with the model as it was:")
-    print(f"    xtuner-lite chat {model}")
+    print(f"    {program} chat {model}")
+
+
+def _program() -> str:
+    """How this very program is called from here: its name, or its path where it is not on PATH."""
+    if shutil.which("xtuner-lite"):
+        return "xtuner-lite"
+    script = Path(sys.executable).with_name("xtuner-lite")
+    if not script.exists():
+        return f"{shlex.quote(sys.executable)} -m xtuner_lite.cli.main"
+    here = os.path.relpath(script)
+    return shlex.quote(str(script) if here.startswith("..") else here)
 
 
 def _plain(text: str) -> Any:
