@@ -41,6 +41,7 @@ def clean():
         sys.modules.pop(module, None)
     PLUGIN_ENTRIES.clear()
     PLUGIN_FILES.clear()
+    plugins._of_entry_points.cache_clear()
     HOOKS._module_dict.clear()
     HOOKS._module_dict.update(held)
 
@@ -117,6 +118,7 @@ def test_entry_point(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     point = EntryPoint("mine", "entry_mod", plugins.ENTRY_POINT_GROUP)
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
+    plugins._of_entry_points.cache_clear()
     cfg = load_config(write_page(tmp_path, ('type="EMAHook", begin_iter=3', 'type="EntryHook"')))
     assert check_config(cfg) == []
     assert load_plugins(cfg) == ["entry_mod"]

@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -93,9 +94,11 @@ def module_name_of(file: Path) -> str:
     return f"xtuner_lite_plugin_{re.sub(r'[^0-9A-Za-z_]', '_', file.stem)}_{digest}"
 
 
-def _of_entry_points() -> list[Plugin]:
+@cache
+def _of_entry_points() -> tuple[Plugin, ...]:
+    """Plug-ins of installed packages; looked up once, as it reads the metadata of every package."""
     found = entry_points(group=ENTRY_POINT_GROUP)
-    return [Plugin(point.module, None, f"entry point {point.name!r}") for point in found]
+    return tuple(Plugin(point.module, None, f"entry point {point.name!r}") for point in found)
 
 
 def _of_custom_imports(cfg: Any) -> list[Plugin]:

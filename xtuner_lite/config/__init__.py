@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from xtuner_lite.config.errors import ConfigError, Problem, report_problems
     from xtuner_lite.config.load import load_config
     from xtuner_lite.config.redact import redact_config
-    from xtuner_lite.plugins import load_plugins
+    from xtuner_lite.plugins import declare_plugins, load_plugins
 
 _HOMES = {
     "configs_dir": "xtuner_lite.config.catalog",
@@ -30,6 +30,7 @@ _HOMES = {
     "report_problems": "xtuner_lite.config.errors",
     "load_config": "xtuner_lite.config.load",
     "redact_config": "xtuner_lite.config.redact",
+    "declare_plugins": "xtuner_lite.plugins",
     "load_plugins": "xtuner_lite.plugins",
 }
 
@@ -39,6 +40,7 @@ __all__ = [
     "check_config",
     "configs_dir",
     "copy_config",
+    "declare_plugins",
     "dump_config",
     "effective_settings",
     "find_config",

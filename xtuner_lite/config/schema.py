@@ -23,6 +23,7 @@ from xtuner_lite.config.signatures import (
 from xtuner_lite.config.source import NotFound, Unknown, load_module
 from xtuner_lite.registry import REGISTRIES, RUNNERS
 from xtuner_lite.registry_base import Registry
+from xtuner_lite.suggestions import did_you_mean
 
 RUNNER = ("xtuner_lite.runner.runner", "Runner")
 DEFAULT_HOOKS = ("xtuner_lite.engine.hooks.defaults", "DEFAULT_HOOKS")
@@ -78,6 +79,9 @@ REGISTRY_OF_KEY: dict[str, str] = {
     "default_hooks": "hooks", "train_cfg": "loops", "val_cfg": "loops", "test_cfg": "loops",
 }  # fmt: skip
 
+#: Last key of a path -> module whose classes may be named without it.
+MODULE_OF_KEY = {"lora": "peft", "llm_lora": "peft", "visual_encoder_lora": "peft"}
+
 _LOADING = ("transformers.modeling_utils", ("PreTrainedModel", "from_pretrained"))
 _TOKENIZING = ("transformers.models.auto.tokenization_auto", ("AutoTokenizer", "from_pretrained"))
 
@@ -98,12 +102,11 @@ INJECTED: dict[str, tuple[str, ...]] = {
     "models": ("tokenizer",),
     "datasets": ("tokenizer",),
     "samplers": ("num_samples", "shuffle", "seed", "dataset", "world_size", "rank"),
-    "collators": ("samples", "pad_token_id", "data_batch", "features"),
+    "collators": ("pad_token_id",),
     "optimizers": ("params",),
     "param_schedulers": ("optimizer", "epoch_length", "max_iters"),
     "loops": _FROM_LOOP,
     "visbackends": ("save_dir",),
-    "map_fns": ("row", "example", "sample"),
     "train_dataloader": _FROM_LOADER,
     "val_dataloader": _FROM_LOADER,
     "test_dataloader": _FROM_LOADER,
@@ -114,6 +117,10 @@ INJECTED: dict[str, tuple[str, ...]] = {
     "compile": ("model",),
     "top": ("work_dir", "cfg"),
 }
+
+
+#: Registries of functions that are called later: their first argument is the row or the samples.
+CALLED_LATER = ("map_fns", "collators")
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,9 @@ def lazy_path(lazy: LazyObject | LazyAttr) -> tuple[str, tuple[str, ...]]:
 
 
 def _signature_of_name(name: str, path: KeyPath) -> Signature:
+    keys = [part for part in path if isinstance(part, str)]
+    if keys and keys[-1] in MODULE_OF_KEY and "." not in name:
+        return signature_of(MODULE_OF_KEY[keys[-1]], (name,))
     registry = registry_of(path)
     candidates = [registry] if registry is not None else list(REGISTRIES.values())
     for candidate in candidates:
@@ -210,9 +220,7 @@ def _signature_of_name(name: str, path: KeyPath) -> Signature:
         return _signature_of_path(name)
     if registry is not None:
         raise KeyError(registry.unknown(name))
-    known = {item: plural for plural, reg in REGISTRIES.items() for item in reg.entries()}
-    from xtuner_lite.suggestions import did_you_mean
-
+    known = [item for registry in REGISTRIES.values() for item in registry.entries()]
     raise KeyError(
         f"no registry has the name {name!r}{did_you_mean(name, known)} See: xtuner-lite list"
     )
@@ -273,5 +281,7 @@ def target_of(path: KeyPath, value: dict[Any, Any]) -> Target | None:
     registry = registry_of(path)
     plural = registry.plural if registry is not None else ""
     injected = INJECTED.get(plural, ()) or INJECTED["models"]
-    extra = EXTRA_KEYS.get(plural, ())
-    return Target(signature_of_type(kind, path), registry, injected, extra)
+    signature = signature_of_type(kind, path)
+    if plural in CALLED_LATER:
+        injected = (*injected, *(param.name for param in signature.params[:1]))
+    return Target(signature, registry, injected, EXTRA_KEYS.get(plural, ()))
