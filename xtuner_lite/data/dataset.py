@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -14,24 +15,25 @@ from mmengine.logging import print_log
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from xtuner_lite.data.contract import DataContract
 from xtuner_lite.data.encode import (
     ON_BAD_ROW,
-    OVERLONG,
     EncodedRows,
     MapFn,
     OnBadRow,
-    Overlong,
     RowEncoder,
     join_chunks,
 )
 from xtuner_lite.data.ledger import Ledger
 from xtuner_lite.data.map_fns.recognise import NUM_LOOKED_AT, recognise
+from xtuner_lite.data.overlong import OVERLONG, Overlong
 from xtuner_lite.data.packing import Packing, check_packing, pack
 from xtuner_lite.data.parallel import encode_chunks
 from xtuner_lite.data.sources import Row, read_rows
 from xtuner_lite.registry import DATASETS, MAP_FNS
 from xtuner_lite.structures import IGNORE_INDEX
 from xtuner_lite.templates.adapter import ChatTemplate
+from xtuner_lite.templates.apply import apply_template
 from xtuner_lite.templates.layout import TRAIN_ON, TrainOn
 from xtuner_lite.templates.tokenise import encode_text
 
@@ -56,13 +58,20 @@ class ChatDataset(Dataset):
         packing: "best_fit" splits and drops nothing; "concat" joins and cuts rows, for
             pre-training; "none" makes one sample of each row.
         overlong: what happens to a row longer than max_length: "truncate" keeps its beginning,
-            "drop" skips it, "raise" stops. With packing="concat" no row is too long.
+            "truncate_left" its end, "split" makes several segments of it in which each learnt token
+            is learnt once (see data/overlong.py), "drop" skips it, "raise" stops. With
+            packing="concat" no row is too long.
         train_on: "assistant" learns every assistant turn, "last" the last one, "all" everything.
             A message's own ``loss`` goes before it.
         on_bad_row: a row that does not parse or breaks the schema: "raise" or "skip" (counted).
         num_proc: processes that encode.
         limit: rows read at most; None reads all.
         name: in logs and the ledger; default is the source's name.
+        template: of this data set alone, as load_tokenizer's; None takes the tokenizer's. For
+            mixtures: the model is exported with the tokenizer's template.
+        data_contract: limits on the ledger, as dict(max_skipped=0.01, max_truncated=0.05,
+            require_eos=True, min_supervised=0.1); the run stops where one is broken. A float is a
+            share, an int a number. See data/contract.py.
 
     Attributes:
         ledger: Ledger, what became of every row.
@@ -89,8 +98,13 @@ class ChatDataset(Dataset):
         num_proc: int = 1,
         limit: int | None = None,
         name: str | None = None,
+        template: str | dict[str, Any] | None = None,
+        data_contract: DataContract | dict[str, Any] | None = None,
     ) -> None:
         _check_options(max_length, packing, overlong, train_on, on_bad_row, num_proc, limit)
+        contract = DataContract.of(data_contract)
+        if template is not None:
+            tokenizer = apply_template(copy.deepcopy(tokenizer), template)
         self.name = name or _name_of(data)
         notes: list[str] = []
         rows = islice(read_rows(data), limit)
@@ -103,6 +117,7 @@ class ChatDataset(Dataset):
             overlong=overlong,
             train_on=train_on,
             on_bad_row=on_bad_row,
+            bos_token_id=tokenizer.bos_token_id,
         )
         self._rows = join_chunks(encode_chunks(encoder, rows, num_proc), self.name)
         self.ledger = self._rows.ledger
@@ -115,11 +130,12 @@ class ChatDataset(Dataset):
         self.ledger.num_samples = len(self._packs)
         self.ledger.capacity = 0 if packing == "none" else len(self._packs) * (max_length or 0)
         self.ledger.check()
+        contract.check(self.ledger)
 
     def _count_cut_targets(self) -> None:
         """A row cut in two (packing="concat") loses the target at the start of each later piece."""
         first = self._row_start[self._packs.row] + self._packs.start
-        self.ledger.tokens_supervised -= int(self._rows.learnt[first].sum())
+        self.ledger.lose_supervised(int(self._rows.learnt[first].sum()))
 
     def _needs_template(self, map_fn: MapFn) -> bool:
         return map_fn is not MAP_FNS.get("pretrain")
@@ -127,7 +143,7 @@ class ChatDataset(Dataset):
     @property
     def num_rows(self) -> int:
         """Rows kept."""
-        return len(self._rows.lengths)
+        return self.ledger.rows_kept
 
     def __len__(self) -> int:
         """Samples after packing."""
@@ -181,7 +197,7 @@ class TextDataset(ChatDataset):
         max_length: tokens of one sample.
         packing: "concat" fills every sample to max_length; "best_fit" cuts no document that fits.
         map_fn: "pretrain" reads the key 'text'; any other must return dict(text=...).
-        overlong, on_bad_row, num_proc, limit, name: as ChatDataset's.
+        overlong, on_bad_row, num_proc, limit, name, data_contract: as ChatDataset's.
     """
 
     def __init__(
@@ -197,6 +213,7 @@ class TextDataset(ChatDataset):
         num_proc: int = 1,
         limit: int | None = None,
         name: str | None = None,
+        data_contract: DataContract | dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             data,
@@ -209,6 +226,7 @@ class TextDataset(ChatDataset):
             num_proc=num_proc,
             limit=limit,
             name=name,
+            data_contract=data_contract,
         )
 
     def _needs_template(self, map_fn: MapFn) -> bool:

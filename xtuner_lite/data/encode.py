@@ -16,13 +16,20 @@ from xtuner_lite.data.messages import (
     check_text,
     check_tools,
 )
+from xtuner_lite.data.overlong import (
+    CONTEXT_DIVISOR,
+    Overlong,
+    keep_beginning,
+    keep_end,
+    split_exchanges,
+    split_tokens,
+)
 from xtuner_lite.data.sources import Row
+from xtuner_lite.structures import Message
 from xtuner_lite.templates.adapter import ChatTemplate
 from xtuner_lite.templates.layout import Layout, RowRefused, TemplateError, TrainOn
 from xtuner_lite.templates.tokenise import Encoded
 
-Overlong = Literal["truncate", "drop", "raise"]
-OVERLONG: tuple[str, ...] = ("truncate", "drop", "raise")
 OnBadRow = Literal["raise", "skip"]
 ON_BAD_ROW: tuple[str, ...] = ("raise", "skip")
 
@@ -31,7 +38,10 @@ MapFn = Callable[[dict[str, Any]], dict[str, Any]]
 
 @dataclass
 class EncodedRows:
-    """The kept rows of a chunk, in flat arrays, and the ledger of the chunk. R rows, T tokens."""
+    """The kept rows of a chunk, in flat arrays, and the ledger of the chunk. R rows, T tokens.
+
+    A row that was split (overlong="split") stands here as several rows of the same place.
+    """
 
     input_ids: np.ndarray  # int32 [T]
     learnt: np.ndarray  # bool [T]
@@ -56,6 +66,8 @@ class RowEncoder:
     overlong: Overlong = "truncate"
     train_on: TrainOn = "assistant"
     on_bad_row: OnBadRow = "raise"
+    bos_token_id: int | None = None
+    """Kept at the beginning of what is left of a row that starts with it."""
 
     def encode(self, rows: Sequence[Row]) -> EncodedRows:
         """Encodes a chunk of rows with one call of the tokenizer.
@@ -65,7 +77,7 @@ class RowEncoder:
             TemplateError: the template's mask cannot be proved on a row.
         """
         ledger = Ledger(rows_read=len(rows))
-        chats: list[tuple[Row, Layout]] = []
+        chats: list[tuple[Row, _Chat]] = []
         texts: list[tuple[Row, str]] = []
         for row in rows:
             try:
@@ -82,11 +94,12 @@ class RowEncoder:
                 texts.append((row, prepared))
             else:
                 chats.append((row, prepared))
-        encoded = (
-            [] if self.template is None else self.template.encode_layouts([c for _, c in chats])
-        )
-        done = list(zip((row for row, _ in chats), encoded))
-        done += zip((row for row, _ in texts), self.encode_text([text for _, text in texts]))
+        done: list[tuple[Row, _Chat | None, Encoded]] = []
+        if self.template is not None:
+            encoded = self.template.encode_layouts([chat.layout for _, chat in chats])
+            done += [(row, chat, one) for (row, chat), one in zip(chats, encoded)]
+        encoded = self.encode_text([text for _, text in texts])
+        done += [(row, None, one) for (row, _), one in zip(texts, encoded)]
         if chats and texts:  # back into the order of the rows
             order = {id(row): index for index, row in enumerate(rows)}
             done.sort(key=lambda item: order[id(item[0])])
@@ -101,7 +114,7 @@ class RowEncoder:
             "such rows."
         ) from error
 
-    def _prepare(self, row: Row) -> Layout | str:
+    def _prepare(self, row: Row) -> _Chat | str:
         """The row as a rendered conversation or as plain text."""
         if row.error is not None:
             raise BadRow(row.error)
@@ -119,7 +132,8 @@ class RowEncoder:
         messages = check_messages(mapped["messages"])
         if self.template is None:
             raise BadRow("a conversation, and this data set takes plain text only")
-        return self.template.layout(messages, check_tools(mapped.get("tools")), self.train_on)
+        tools = check_tools(mapped.get("tools"))
+        return _Chat(messages, tools, self.template.layout(messages, tools, self.train_on))
 
     def _mapped(self, row: Row) -> dict[str, Any]:
         name = getattr(self.map_fn, "__name__", repr(self.map_fn))
@@ -138,44 +152,90 @@ class RowEncoder:
 
     # ---------------------------------------------------------------- length
 
-    def _collect(self, done: Iterable[tuple[Row, Encoded]], ledger: Ledger) -> EncodedRows:
+    def _collect(
+        self, done: Iterable[tuple[Row, _Chat | None, Encoded]], ledger: Ledger
+    ) -> EncodedRows:
         kept: list[tuple[Row, Encoded]] = []
-        for row, encoded in done:
+        for row, chat, encoded in done:
             try:
-                cut = self._cut(row, encoded)
+                pieces = self._fit(row, chat, encoded)
             except UnusableRow as error:
                 ledger.skip(error.reason, row.place, str(error))
                 continue
-            kept.append((row, cut))
+            kept += [(row, piece) for piece in pieces]
+            eos_learnt = all(piece.eos_learnt for piece in pieces)
             ledger.keep(
-                len(cut), int(cut.learnt.sum()), len(encoded) - len(cut), eos_learnt=cut.eos_learnt
+                _counts(encoded),
+                [_counts(piece) for piece in pieces],
+                eos_learnt=eos_learnt,
+                eos_cut=encoded.eos_learnt and not eos_learnt,
             )
+            if chat is not None and chat.tools:
+                assert self.template is not None
+                ledger.offer_tools(written=self.template.shows["tools"])
         return _flatten(kept, ledger)
 
-    def _cut(self, row: Row, encoded: Encoded) -> Encoded:
-        """The row within max_length. Raises UnusableRow if no learnt token is left."""
+    def _fit(self, row: Row, chat: _Chat | None, encoded: Encoded) -> list[Encoded]:
+        """The row in pieces within max_length. Raises UnusableRow if no learnt token is left."""
         if not encoded.learnt.any():
             raise UnusableRow("nothing in it is learnt", "no assistant message counts")
         size, limit = len(encoded), self.max_length
         if limit is None or size <= limit:
-            return encoded
+            return [encoded]
         if self.overlong == "raise":
             raise ValueError(
                 f"{row.place}: {size} tokens, and max_length is {limit}. Raise max_length, or set "
-                "overlong='truncate' or 'drop'."
+                "overlong='split', 'truncate' or 'drop'."
             )
         if self.overlong == "drop":
             raise UnusableRow("longer than max_length", f"{size} tokens, max_length {limit}")
-        learnt = encoded.learnt[:limit]
-        if not learnt.any():
-            prompt = int(encoded.learnt.argmax())
-            raise UnusableRow(
-                "nothing learnt is left within max_length",
-                f"{prompt} tokens stand before the first learnt one, max_length {limit}",
-            )
-        weights = None if encoded.weights is None else encoded.weights[:limit]
-        ends = encoded.eos_learnt and not encoded.learnt[limit:].any()
-        return Encoded(encoded.input_ids[:limit], learnt, weights, ends)
+        if self.overlong == "split":
+            return self._split(chat, encoded, limit)
+        if self.overlong == "truncate":
+            piece = keep_beginning(encoded, limit)
+        else:
+            piece = keep_end(encoded, limit, self.bos_token_id)
+        if not piece.learnt.any():
+            raise UnusableRow("nothing learnt is left within max_length", self._why(encoded, limit))
+        return [piece]
+
+    def _split(self, chat: _Chat | None, encoded: Encoded, limit: int) -> list[Encoded]:
+        if chat is None:
+            return split_tokens(encoded, limit, context=1, bos_token_id=self.bos_token_id)
+        assert self.template is not None
+        pieces = split_exchanges(
+            self.template,
+            chat.messages,
+            chat.tools,
+            train_on=self.train_on,
+            whole=encoded,
+            limit=limit,
+        )
+        context = limit // CONTEXT_DIVISOR
+        return pieces or split_tokens(
+            encoded, limit, context=context, bos_token_id=self.bos_token_id
+        )
+
+    def _why(self, encoded: Encoded, limit: int) -> str:
+        learnt = np.flatnonzero(encoded.learnt)
+        if self.overlong == "truncate":
+            return f"{learnt[0]} tokens stand before the first learnt one, max_length {limit}"
+        behind = len(encoded) - int(learnt[-1]) - 1
+        return f"{behind} tokens stand behind the last learnt one, max_length {limit}"
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """A row that is a conversation: checked, and rendered."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None
+    layout: Layout
+
+
+def _counts(encoded: Encoded) -> tuple[int, int]:
+    """(tokens, learnt tokens)."""
+    return len(encoded), int(encoded.learnt.sum())
 
 
 def _flatten(kept: list[tuple[Row, Encoded]], ledger: Ledger) -> EncodedRows:
