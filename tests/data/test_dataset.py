@@ -230,7 +230,7 @@ def test_text_and_chats_in_one_data_set_stay_in_order():
         (dict(packing="tight"), "packing='tight' is unknown"),
         (dict(max_length=None), "packing='best_fit' needs max_length"),
         (dict(max_length=1), "max_length=1 is too small; at least 2"),
-        (dict(overlong="cut"), "overlong='cut' is unknown; allowed: 'truncate', 'truncate_left', 's"),
+        (dict(overlong="cut"), "overlong='cut' is unknown; allowed: 'truncate', 'truncate_left"),
         (dict(train_on="x"), "train_on='x' is unknown"),
         (dict(on_bad_row="x"), "on_bad_row='x' is unknown; allowed: 'raise', 'skip'"),
         (dict(num_proc=0), "num_proc=0 is too small"),

@@ -113,13 +113,9 @@ class DataContract:
                 "template that ends its turns (xtuner-lite list templates), or set "
                 "require_eos=False."
             )
-        least = self.min_supervised
-        share = ledger.tokens_supervised / ledger.tokens if ledger.tokens else 0.0
-        if least is not None and (
-            share if isinstance(least, float) else ledger.tokens_supervised
-        ) < (least):
+        if _under(ledger.tokens_supervised, ledger.tokens, self.min_supervised):
             found.append(
-                f"min_supervised={least!r}: "
+                f"min_supervised={self.min_supervised!r}: "
                 f"{_figure(ledger.tokens_supervised, ledger.tokens, 'tokens')} are supervised. "
                 "Look at what is learnt (xtuner-lite preview-data), correct map_fn or train_on, or "
                 "lower min_supervised."
@@ -134,10 +130,17 @@ class DataContract:
         return found
 
 
+def _measure(count: int, whole: int, limit: float | int) -> float:
+    """The share if the limit is one, else the count."""
+    return (count / whole if whole else 0.0) if isinstance(limit, float) else count
+
+
 def _over(count: int, whole: int, limit: float | int | None) -> bool:
-    if limit is None:
-        return False
-    return (count / whole if whole else 0.0) > limit if isinstance(limit, float) else count > limit
+    return limit is not None and _measure(count, whole, limit) > limit
+
+
+def _under(count: int, whole: int, limit: float | int | None) -> bool:
+    return limit is not None and _measure(count, whole, limit) < limit
 
 
 def _figure(count: int, whole: int, what: str) -> str:
@@ -154,7 +157,8 @@ def _check_limit(name: str, value: Any) -> None:
             f"data_contract: {name}={value!r}; allowed: a float from 0 to 1 (a share), an int from "
             "0 on (a number), or None"
         )
-    if not 0 <= value or (isinstance(value, float) and not value <= 1):
+    in_range = 0 <= value <= 1 if isinstance(value, float) else value >= 0
+    if not in_range:
         raise ValueError(
             f"data_contract: {name}={value!r} is out of range; a float is a share from 0 to 1, an "
             "int a number from 0 on"

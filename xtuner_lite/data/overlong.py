@@ -2,12 +2,12 @@
 
 ``split`` keeps every learnt token of a row and learns it exactly once:
 
-* A conversation is split between its exchanges (a user's turn and all that answers it). Each piece is
-  a conversation of its own, written by the template: the system prompt, the exchanges before it as
-  context that is not learnt (up to a quarter of max_length, more in the last piece), then its own.
+* A conversation is split between its exchanges (a user's turn and all that answers it). Each piece
+  is a conversation of its own, written by the template: the system prompt, the exchanges before it
+  as context that is not learnt (up to a quarter of max_length, more in the last piece), its own.
 * An exchange too long for itself, and plain text, become windows of tokens. A window of an answer
-  starts with the tokens before it, a quarter of max_length, not learnt again; a window of a text with
-  one token. BOS, where the row begins with it, begins each window.
+  starts with the tokens before it, a quarter of max_length, not learnt again; a window of a text
+  with one token. BOS, where the row begins with it, begins each window.
 
 The learnt tokens of the pieces are compared with those of the whole row. Where a template writes a
 piece otherwise than it wrote the whole, the row is split into windows.
