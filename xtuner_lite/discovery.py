@@ -126,6 +126,16 @@ def first_line(docstring: str | None) -> str:
     return text if text.find(". ") < 0 else text[: text.find(". ") + 1]
 
 
+def documentation_of(entry: Entry) -> str:
+    """The whole docstring of a registered part, read from its source; '' when it has none."""
+    if not entry.line:
+        return ""
+    for node in ast.parse(Path(entry.file).read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.lineno == entry.line:
+            return ast.get_docstring(node) or ""
+    return ""
+
+
 def public_names(module: str) -> dict[str, str]:
     """Capitalised names that a package's ``__init__`` imports, each with its module, unimported."""
     file, _ = find_module_file(module)

@@ -2,8 +2,8 @@
 
 A subcommand module has ``HELP`` (one line, a literal), ``add_arguments(parser)`` and
 ``run(args) -> int`` (the exit code). It is called like its file ('make_identity' is make-identity)
-unless it has ``NAME``. ``HELP`` and ``NAME`` are read from its source, so that ``--help`` imports
-no command; heavy imports belong inside ``run``.
+unless it has ``NAME``; ``ALIAS`` is a second name, the one users of XTuner know. These three are
+read from its source, so that ``--help`` imports no command; heavy imports belong inside ``run``.
 
 Exit codes: 0 done, 2 a mistake of the user's (told without traceback), 1 any other error (with its
 traceback), 130 interrupted. An exception says that it is a user's mistake by an ``exit_code``
@@ -54,7 +54,10 @@ def find_commands() -> dict[str, Command]:
         }
         if any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in tree.body):
             name = texts.get("NAME") or path.stem.replace("_", "-")
-            commands[name] = Command(name, f"xtuner_lite.cli.{path.stem}", texts.get("HELP", ""))
+            module = f"xtuner_lite.cli.{path.stem}"
+            commands[name] = Command(name, module, texts.get("HELP", ""))
+            if alias := texts.get("ALIAS"):
+                commands[alias] = Command(alias, module, f"the same as {name}")
     return dict(sorted(commands.items()))
 
 

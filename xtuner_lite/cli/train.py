@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from xtuner_lite.cli._config_arguments import add_config_arguments, checked_config
+
 HELP = "train a model from a config file or the name of a shipped config"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``xtuner-lite train``."""
-    parser.add_argument("config", help="a config file, or a name from `xtuner-lite list-cfg`")
+    add_config_arguments(parser)
     parser.add_argument(
         "--work-dir", help="for checkpoints and logs (default: ./work_dirs/<config>)"
     )
@@ -30,34 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--deterministic", action="store_true", help="deterministic GPU kernels (slower)"
     )
     parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change the config, e.g. train_cfg.max_epochs=1 optim_wrapper.optimizer.lr=1e-4",
-    )
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="Python file that registers parts",
-    )
-    parser.add_argument(
         "--dry-run", action="store_true", help="check all, show the data, train nothing"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code (0, or 2 for a config that is refused)."""
-    from xtuner_lite.config import check_config, load_config, load_plugins, report_problems
-
-    cfg = load_config(args.config, overrides=[*args.cfg_options, *_options_of(args)])
-    load_plugins(cfg, args.plugin)
-    problems = check_config(cfg)
-    if problems:
-        print(report_problems(problems))
+    cfg = checked_config(args.config, args, _options_of(args))
+    if cfg is None:
         return 2
     if args.dry_run:
         from xtuner_lite.runner.dry_run import dry_run

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from xtuner_lite.structures import IGNORE_INDEX
+from xtuner_lite.data.segments import Segment, segments_of
 
 _LEARNT, _PLAIN, _RULE, _RESET = "\033[1;32m", "\033[90m", "\033[36m", "\033[0m"
 _OPEN, _CLOSE = "[[", "]]"
+#: Characters that steer a terminal or turn text around, and those that cannot be seen; not the
+#: joiners, which belong to emoji families and to the words of several scripts.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ud800-\udfff]"
+)
 
 
 def render_preview(
@@ -23,6 +30,8 @@ def render_preview(
 ) -> str:
     """The text of one dataset sample; learnt tokens green, or in [[ ]] without colour.
 
+    A learnt stretch whose weight is not 1 begins with it: 'x0.5'.
+
     Args:
         sample: what ``dataset[i]`` returns.
         tokenizer: turns the ids back into text, special tokens shown.
@@ -32,41 +41,46 @@ def render_preview(
     Returns:
         Several lines: a head with the counts, then each segment under a rule with its row.
     """
-    input_ids, labels = np.asarray(sample["input_ids"]), np.asarray(sample["labels"])
-    learnt = labels != IGNORE_INDEX
-    lengths = [int(length) for length in sample["lengths"]]
+    segments = segments_of(sample)
+    size = sum(map(len, segments))
+    learnt = sum(int(segment.learnt.sum()) for segment in segments)
     marks = "learnt is green" if color else f"learnt stands in {_OPEN} {_CLOSE}"
     lines = [
-        f"{len(input_ids)} tokens, {int(learnt.sum())} learnt ({learnt.mean():.0%}), "
-        f"{len(lengths)} segment(s); {marks}"
+        f"{size} tokens, {learnt} learnt ({learnt / max(size, 1):.0%}), "
+        f"{len(segments)} segment(s); {marks}"
     ]
-    left = len(input_ids) if max_tokens is None else max_tokens
-    start = 0
-    for number, length in enumerate(lengths, start=1):
+    left = size if max_tokens is None else max_tokens
+    for segment in segments:
         if left <= 0:
             break
-        row_ids = sample.get("row_ids") or []
-        row = row_ids[number - 1] if number <= len(row_ids) else "?"
-        counted = int(learnt[start : start + length].sum())
-        rule = f"--- segment {number}/{len(lengths)}: {row}, {length} tokens, {counted} learnt ---"
+        rule = (
+            f"--- segment {segment.number + 1}/{len(segments)}: {show_unseen(segment.row_id)}, "
+            f"{len(segment)} tokens, {int(segment.learnt.sum())} learnt ---"
+        )
         lines.append(f"{_RULE}{rule}{_RESET}" if color else rule)
-        end = start + min(length, left)
-        lines.append(_paint(input_ids[start:end], learnt[start:end], tokenizer, color))
-        left -= end - start
-        start += length
-    hidden = len(input_ids) - min(len(input_ids), max_tokens or len(input_ids))
+        lines.append(render_tokens(segment, tokenizer, 0, left, color=color))
+        left -= min(len(segment), left)
+    hidden = size - min(size, size if max_tokens is None else max_tokens)
     if hidden:
         lines.append(f"... {hidden} more tokens")
     return "\n".join(lines)
 
 
-def _paint(
-    ids: np.ndarray, learnt: np.ndarray, tokenizer: PreTrainedTokenizerBase, color: bool
+def render_tokens(
+    segment: Segment,
+    tokenizer: PreTrainedTokenizerBase,
+    begin: int,
+    end: int,
+    *,
+    color: bool,
 ) -> str:
+    """Tokens [begin, end) of a segment as marked text, see render_preview."""
     pieces = []
-    for is_learnt, run in _runs(ids, learnt):
+    for is_learnt, weight, run in _runs(segment, slice(begin, end)):
         text = tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text = text.replace("\x1b", "\\x1b")  # data must not steer the terminal
+        text = show_unseen(text)
+        if is_learnt and weight != 1:
+            text = f"x{weight:g} {text}"
         if not color:
             pieces.append(f"{_OPEN}{text}{_CLOSE}" if is_learnt else text)
             continue
@@ -78,9 +92,24 @@ def _paint(
     return "".join(pieces)
 
 
-def _runs(ids: np.ndarray, learnt: np.ndarray) -> Iterator[tuple[bool, list[int]]]:
-    """(learnt or not, ids) of each run of tokens of one kind."""
-    borders = np.flatnonzero(np.diff(learnt)) + 1
-    for run, kinds in zip(np.split(ids, borders), np.split(learnt, borders)):
-        if len(run):
-            yield bool(kinds[0]), run.tolist()
+def _runs(segment: Segment, part: slice) -> Iterator[tuple[bool, float, list[int]]]:
+    """(learnt or not, weight, ids) of each run of tokens of one kind."""
+    ids, learnt = segment.input_ids[part], segment.learnt[part]
+    weights = segment.target_weights[part]
+    borders = np.flatnonzero(np.diff(learnt) | (np.diff(weights) != 0)) + 1
+    start = 0
+    for stop in [*borders.tolist(), len(ids)]:
+        if stop > start:
+            yield bool(learnt[start]), float(weights[start]), ids[start:stop].tolist()
+        start = stop
+
+
+def show_unseen(text: str) -> str:
+    """The text with control, direction and invisible characters written out: data must neither
+    steer the terminal nor hide in a page. Newlines and tabs stay."""
+    return _UNSEEN.sub(_written_out, text)
+
+
+def _written_out(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

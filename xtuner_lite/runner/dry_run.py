@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
 
 import numpy as np
 from mmengine.config import Config
 
 from xtuner_lite.config import effective_settings, format_settings
+from xtuner_lite.data.dataloader import StepDataLoader
 from xtuner_lite.data.preview import render_preview
 from xtuner_lite.runner.runner import Runner
 
@@ -34,14 +34,16 @@ def dry_run(cfg: Config) -> int:
         index = int(order[number])
         print(f"\nSample {index}, number {number + 1} in the order of training:")
         print(render_preview(dataset[index], runner.tokenizer, color=sys.stdout.isatty()))
-    print("\n" + _summary(cfg, loader))
+    print("\n" + describe_run_size(cfg, loader))
+    print("Dry run: nothing was trained, nothing was written.")
     return 0
 
 
-def _summary(cfg: Config, loader: Any) -> str:
+def describe_run_size(cfg: Config, loader: StepDataLoader) -> str:
+    """Samples, tokens and optimizer steps of a run that trains ``cfg`` on ``loader``."""
     plan, steps = loader.plan, len(loader)
     train_cfg = cfg.get("train_cfg") or {}
-    max_iters = train_cfg.get("max_iters") or math.ceil(train_cfg["max_epochs"] * steps)
+    max_iters = train_cfg.get("max_iters") or math.ceil(train_cfg.get("max_epochs", 1) * steps)
     lengths = getattr(loader.dataset, "lengths", None)
     tokens = "" if lengths is None else f", {int(np.sum(lengths)):,} tokens an epoch"
     return (
@@ -50,6 +52,5 @@ def _summary(cfg: Config, loader: Any) -> str:
         "accumulative_counts "
         f"{plan.accumulative_counts} x {plan.world_size} rank(s))\n"
         f"{steps:,} optimizer steps an epoch, {max_iters:,} in the run ({max_iters / steps:.2f} "
-        "epochs)\n"
-        "Dry run: nothing was trained, nothing was written."
+        "epochs)"
     )

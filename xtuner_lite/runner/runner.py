@@ -201,14 +201,21 @@ class Runner(HookContract):
         """Evaluate on ``test_dataloader``."""
         return self._evaluate("test")
 
-    def prepare_data(self) -> StepDataLoader:
-        """Build the tokenizer and the training data only; no model, no file is written."""
+    def prepare_data(self, name: str = "train_dataloader") -> StepDataLoader:
+        """Build the tokenizer and the data of one section only; no model, no file is written.
+
+        Raises:
+            ValueError: the config has no such section.
+        """
+        if self._sections[name] is None:
+            raise ValueError(f"the config has no {name}; add one to look at its data")
         self.logger = MMLogger(self.experiment_name, log_level=self._log_level)
         self.seed = set_randomness(
             self._randomness.get("seed"), self._randomness.get("deterministic", False)
         )
-        self.train_dataloader = self._build_dataloader("train_dataloader", shuffle=True)
-        return self.train_dataloader
+        loader = self._build_dataloader(name, shuffle=name == "train_dataloader")
+        setattr(self, name, loader)
+        return loader
 
     def save_checkpoint(self) -> Path:
         """Write the run as it stands after the last completed step; returns the folder.

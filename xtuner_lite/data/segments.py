@@ -1,0 +1,130 @@
+"""The rows inside samples: any data set's samples, taken apart at the borders of their segments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from xtuner_lite.structures import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One row, or one piece of a row that was cut, as it stands in a sample. T tokens."""
+
+    sample: int
+    """Index of its sample in the data set."""
+    number: int
+    """Its place in the sample, from 0."""
+    row_id: str
+    """'file:line' of its row; '?' if the data set does not say."""
+    input_ids: np.ndarray
+    """int [T]."""
+    labels: np.ndarray
+    """int [T], IGNORE_INDEX where nothing is learnt."""
+    weights: np.ndarray | None = None
+    """float32 [T]; None: all 1."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def learnt(self) -> np.ndarray:
+        """bool [T], True where the token is a target."""
+        return self.labels != IGNORE_INDEX
+
+    @property
+    def target_weights(self) -> np.ndarray:
+        """float32 [T], what each token counts in the loss; 0 where nothing is learnt."""
+        learnt = self.learnt.astype(np.float32)
+        return learnt if self.weights is None else learnt * self.weights
+
+
+def has_tokens(sample: Any) -> bool:
+    """Whether a sample has the form that token data sets share: input_ids and labels."""
+    return isinstance(sample, dict) and "input_ids" in sample and "labels" in sample
+
+
+def segments_of(sample: dict[str, Any], index: int = 0) -> list[Segment]:
+    """The segments of one sample.
+
+    Args:
+        sample: what ``dataset[index]`` returns; without ``lengths`` it is one segment.
+        index: of the sample, kept in each segment.
+
+    Raises:
+        ValueError: the segments or labels do not fit the tokens.
+    """
+    input_ids, labels = np.asarray(sample["input_ids"]), np.asarray(sample["labels"])
+    lengths = [int(length) for length in sample.get("lengths", [len(input_ids)])]
+    if sum(lengths) != len(input_ids) or len(labels) != len(input_ids):
+        raise ValueError(
+            f"sample {index} has {len(input_ids)} tokens, {len(labels)} labels and segments of "
+            f"{lengths} tokens; the labels must be as many and the segments add up to the tokens. "
+            "Correct the data set's __getitem__."
+        )
+    weights = sample.get("loss_weights")
+    row_ids = list(sample.get("row_ids") or [])
+    row_ids += ["?"] * (len(lengths) - len(row_ids))
+    segments, start = [], 0
+    for number, length in enumerate(lengths):
+        part = slice(start, start + length)
+        segments.append(
+            Segment(
+                index,
+                number,
+                row_ids[number],
+                input_ids[part],
+                labels[part],
+                None if weights is None else np.asarray(weights)[part],
+            )
+        )
+        start += length
+    return segments
+
+
+def walk_segments(dataset: Any, limit: int | None = None) -> Iterator[Segment]:
+    """Every segment of a map-style data set, in its own order.
+
+    Args:
+        dataset: has ``len`` and indexing.
+        limit: samples read at most; None reads all.
+    """
+    size = len(dataset) if limit is None else min(limit, len(dataset))
+    for index in range(size):
+        yield from segments_of(dataset[index], index)
+
+
+def samples_with_row(dataset: Any, row_id: str) -> list[int]:
+    """Indices of the samples that hold a row.
+
+    Args:
+        dataset: has ``len`` and indexing.
+        row_id: 'file:line' as reports print it, or its end ('data.json:12', ':12').
+
+    Raises:
+        KeyError: no sample holds it; a few row ids that exist are in the message.
+    """
+    found, seen = [], []
+    for index in range(len(dataset)):
+        row_ids = [str(name) for name in dataset[index].get("row_ids") or []]
+        seen += row_ids[: max(0, 3 - len(seen))]
+        if any(_names_row(name, row_id) for name in row_ids):
+            found.append(index)
+    if not found:
+        raise KeyError(
+            f"no sample holds the row {row_id!r}; rows are called like "
+            f"{', '.join(seen) or '(this data set names none)'}. A row that is missing was "
+            "skipped: xtuner-lite check-data says why."
+        )
+    return found
+
+
+def _names_row(name: str, wanted: str) -> bool:
+    if name == wanted:
+        return True
+    head = name[: -len(wanted)] if wanted and name.endswith(wanted) else ""
+    return bool(head) and (wanted.startswith(":") or head.endswith(("/", "\\")))
