@@ -6,7 +6,8 @@ from tests.tiny import CHATML, tiny_tokenizer
 from xtuner_lite.registry import TEMPLATES, describe
 from xtuner_lite.templates import ChatTemplate, TemplateError, apply_template, preset_names
 from xtuner_lite.templates.apply import preset
-from xtuner_lite.templates.parts import TemplateParts, to_jinja
+from xtuner_lite.templates.compile import to_jinja
+from xtuner_lite.templates.parts import TemplateParts
 
 CHAT = [
     {"role": "system", "content": "Be \"brief\".\n{input} {% x %} {{ y }} '\\n'"},

@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from xtuner_lite.registry import TEMPLATES
+from xtuner_lite.templates.compile import to_jinja
 from xtuner_lite.templates.layout import TemplateError, compile_template
-from xtuner_lite.templates.parts import TemplateParts, parts_from_dict, to_jinja
+from xtuner_lite.templates.parts import JinjaTemplate, TemplateParts, parts_from_dict
 
 
 def apply_template(
@@ -40,6 +41,7 @@ def apply_template(
     if isinstance(template, str) and template.endswith((".jinja", ".jinja2", ".j2")):
         tokenizer.chat_template = _read_jinja(Path(template))
         return tokenizer
+    parts: TemplateParts | JinjaTemplate
     if isinstance(template, TemplateParts):
         parts, name = template, "of parts"
     elif isinstance(template, dict):
@@ -52,12 +54,13 @@ def apply_template(
             "path of a .jinja file, a dict of parts, or None for the tokenizer's own"
         )
     _check_tokens(tokenizer, parts, name)
-    tokenizer.chat_template = to_jinja(parts)
+    is_raw = isinstance(parts, JinjaTemplate)
+    tokenizer.chat_template = parts.source if is_raw else to_jinja(parts)
     return tokenizer
 
 
-def preset(name: str) -> TemplateParts:
-    """The parts of a named preset.
+def preset(name: str) -> TemplateParts | JinjaTemplate:
+    """A named preset: its parts, or its jinja file.
 
     Raises:
         KeyError: no preset of that name; the nearest is named.
@@ -84,7 +87,9 @@ def _read_jinja(path: Path) -> str:
     return source
 
 
-def _check_tokens(tokenizer: PreTrainedTokenizerBase, parts: TemplateParts, name: str) -> None:
+def _check_tokens(
+    tokenizer: PreTrainedTokenizerBase, parts: TemplateParts | JinjaTemplate, name: str
+) -> None:
     """Special tokens that a template writes must be one pre-trained token each."""
     missing = [
         token
@@ -99,7 +104,10 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, parts: TemplateParts, name
             "never saw them. Use a template made for this model, the tokenizer's own "
             "(template=None), or 'default', which needs none."
         )
-    if "{eos}" in parts.suffix and not tokenizer.eos_token:
+    needs_eos = (
+        "eos_token" in parts.source if isinstance(parts, JinjaTemplate) else "{eos}" in parts.suffix
+    )
+    if needs_eos and not tokenizer.eos_token:
         raise TemplateError(
             f"template {name} ends answers with EOS, but the tokenizer has no eos_token. "
             "Set tokenizer.eos_token, or name a template with an end token of its own."
