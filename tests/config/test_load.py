@@ -200,6 +200,44 @@ def test_new_key_that_the_signature_has_is_accepted(tmp_path):
     assert check_config(cfg) == []
 
 
+def test_option_makes_a_section_that_the_page_lacks(tmp_path):
+    page = tmp_path / "p.py"
+    page.write_text("model = None\noptim_wrapper = dict(clip_grad=None)\n")
+    options = ["randomness.seed=3", "optim_wrapper.clip_grad.max_norm=1", "train_cfg.max_iters=2",
+               "default_hooks.logger.interval=5"]  # fmt: skip
+    cfg = load_config(page, options)
+    assert cfg.randomness == dict(seed=3)
+    assert cfg.optim_wrapper.clip_grad == dict(max_norm=1)
+    assert cfg.train_cfg == dict(max_iters=2)
+    assert cfg.default_hooks == dict(logger=dict(interval=5))
+    with pytest.raises(ConfigError, match="no key 'strategy' in the config"):
+        load_config(page, ["strategy.device=cpu"])  # a strategy without type cannot be built
+    with pytest.raises(ConfigError, match="no key 'loger' in default_hooks"):
+        load_config(page, ["default_hooks.loger.interval=5"])
+
+
+def test_page_may_use_loops_functions_and_branches(tmp_path):
+    page = tmp_path / "p.py"
+    page.write_text(
+        "def name_of(part):\n    return f'{root}/{part}'\n"
+        "root = 'w'\n"
+        "sizes = [1, 2]\n"
+        "custom_hooks = [dict(type='EMAHook', begin_iter=size * len(sizes)) for size in sizes]\n"
+        "if len(custom_hooks) > 1:\n    work_dir = name_of('run')\nelse:\n    work_dir = 'x'\n"
+        "model = None\n"
+    )
+    cfg = load_config(page)
+    assert (cfg.work_dir, [hook.begin_iter for hook in cfg.custom_hooks]) == ("w/run", [2, 4])
+    assert check_config(cfg) == []
+
+
+def test_config_that_contains_itself(tmp_path):
+    page = tmp_path / "p.py"
+    page.write_text("env_cfg = dict()\nenv_cfg['x'] = env_cfg\n")
+    with pytest.raises(ConfigError, match="contains itself"):
+        load_config(page)
+
+
 def test_neither_file_nor_shipped_name():
     with pytest.raises(ConfigError, match="did you mean 'smollm2_135m_sft_lora_identity'"):
         load_config("smollm2_135m_sft_lora_identiy")

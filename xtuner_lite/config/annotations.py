@@ -28,7 +28,7 @@ def mismatch(param: Param, value: Any) -> str | None:
         str such as "int or None", or "one of 'a', 'b'".
     """
     is_default = type(value) is type(param.default) and value == param.default
-    if is_default or isinstance(value, (LazyObject, LazyAttr)):
+    if is_default or isinstance(value, (LazyObject, LazyAttr)) or callable(value):
         return None
     if param.annotation is None or param.module is None and _is_opaque(param.annotation):
         return _by_default(param, value)

@@ -24,7 +24,7 @@ from xtuner_lite.config.origins import (
     flatten,
 )
 from xtuner_lite.config.page import Overrides, Page, run_page
-from xtuner_lite.config.schema import top_level_names
+from xtuner_lite.config.schema import can_be_made, top_level_names
 from xtuner_lite.suggestions import did_you_mean
 
 
@@ -47,14 +47,14 @@ def load_config(
     """
     file = find_config(path_or_name)
     options = [_option(item) for item in overrides]
-    if file.suffix == ".py":
-        page = run_page(file, _during_the_run(options))
-    elif file.suffix in SUFFIXES:
-        page = read_data_page(file)
-    else:
-        raise ConfigError(
-            Problem("", f"{file} is no config; allowed endings: {', '.join(SUFFIXES)}")
-        )
+    if file.suffix not in SUFFIXES:
+        allowed = ", ".join(SUFFIXES)
+        raise ConfigError(Problem("", f"{file} is no config; allowed endings: {allowed}"))
+    try:
+        is_python = file.suffix == ".py"
+        page = run_page(file, _during_the_run(options)) if is_python else read_data_page(file)
+    except RecursionError as error:
+        raise ConfigError(Problem("", "a dict or list contains itself", str(file))) from error
     known = top_level_names(page.values.get("runner_type"))
     _apply_options(page, options, known)
     return _as_config(page, known)
@@ -86,7 +86,7 @@ def _apply_options(
     for path, value in options:
         if path[0] in known:
             value = copy.deepcopy(value)
-            set_path(page.values, path, value)
+            set_path(page.values, path, value, can_be_made)
             for below in [key for key in page.origins if key[: len(path)] == path]:
                 del page.origins[below]
             for below, _ in flatten(value, path):
@@ -103,11 +103,8 @@ def _apply_options(
 
 
 def _as_config(page: Page, known: Sequence[str]) -> Config:
-    try:
-        values = {name: plain(value) for name, value in page.values.items() if name in known}
-        cfg = Config(ConfigDict(values), filename=str(page.file))
-    except RecursionError as error:
-        raise ConfigError(Problem("", "a dict or list contains itself", str(page.file))) from error
+    values = {name: plain(value) for name, value in page.values.items() if name in known}
+    cfg = Config(ConfigDict(values), filename=str(page.file))
     provenance = Provenance(
         origins=page.origins,
         settings={name: value for name, value in page.values.items() if name not in known},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from typing import Any
 
 from xtuner_lite.config.errors import ConfigError, Problem
@@ -54,15 +55,27 @@ def parse_value(text: str, key: str = "") -> Any:
         return text
 
 
-def set_path(root: Any, path: KeyPath, value: Any) -> None:
+def set_path(
+    root: Any, path: KeyPath, value: Any, can_be_made: Callable[[KeyPath], bool] | None = None
+) -> None:
     """Set ``root[path[0]][path[1]]... = value``; the last key may be new, the others must exist.
+
+    Args:
+        root: the dict or list that is changed.
+        path: keys and list indices.
+        value: what the last of them gets.
+        can_be_made: whether a dict on the way that is missing or None may be made; default: never.
 
     Raises:
         ConfigError: a key on the way, or a list index, does not exist, with the nearest ones.
     """
     held = root
     for depth, part in enumerate(path[:-1]):
-        held = step(held, part, path[: depth + 1], value)
+        below = path[: depth + 1]
+        lacks = isinstance(held, dict) and dict.get(held, part) is None
+        if lacks and can_be_made is not None and can_be_made(below):
+            held[part] = {}
+        held = step(held, part, below, value)
     last = path[-1]
     if isinstance(held, (list, tuple)):
         if not isinstance(last, int) or last >= len(held):

@@ -154,8 +154,6 @@ class _PageRun:
         ast.fix_missing_locations(code)
         try:
             exec(compile(code, str(self.page.file), "exec", dont_inherit=True), self.namespace)
-        except ConfigError:
-            raise
         except Exception as error:
             raise self._failure(statement, error) from error
         for name in replaced:
@@ -340,10 +338,10 @@ def _unread_names(tree: ast.Module) -> dict[str, int]:
 
 
 def _is_read(tree: ast.Module, name: str, line: int) -> bool:
-    """Whether a statement below ``line`` reads the name."""
+    """Whether a statement below ``line``, or a function anywhere, reads the name."""
     return any(
         isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)
         for statement in tree.body
-        if statement.lineno > line
+        if statement.lineno > line or isinstance(statement, ast.FunctionDef)
         for node in ast.walk(statement)
     )

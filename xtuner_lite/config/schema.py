@@ -41,7 +41,6 @@ SECTIONS: dict[tuple[str, ...], str] = {
     ("optim_wrapper",): "xtuner_lite.engine.optim:OptimWrapper",
     ("randomness",): "xtuner_lite.engine.distributed:set_randomness",
     ("env_cfg",): "xtuner_lite.runner.environment:apply_env",
-    ("strategy",): "xtuner_lite.engine.strategies.single_device:SingleDevice",
     ("visualizer",): "xtuner_lite.engine.run_visualizer:RunVisualizer",
     ("log_processor",): "mmengine.runner.log_processor:LogProcessor",
     ("compile",): "xtuner_lite.runner.environment:compile_layers",
@@ -237,6 +236,13 @@ def _signature_of_path(name: str) -> Signature:
         except NotFound as caught:
             error = caught
     raise error
+
+
+def can_be_made(path: KeyPath) -> bool:
+    """Whether ``--cfg-options`` may make this section when a config lacks it or has it as None."""
+    if len(path) == 2 and path[0] == "default_hooks":
+        return path[1] in default_hooks()
+    return path == ("default_hooks",) or path in SECTIONS or keys_of(path) is not None
 
 
 def forwarded_names(signature: Signature) -> list[str]:
