@@ -245,3 +245,12 @@ def test_wrong_options_are_refused():
         SupervisedFinetune({"path": "x"})
     with pytest.raises(ValueError, match="the model 100 embeddings"):
         method(model=tiny_llama(vocab_size=100), tokenizer=tiny_tokenizer())
+
+
+@pytest.mark.slow  # importing the compiler takes half a minute
+def test_a_compiled_decoder_gives_the_same_for_changing_segments():
+    """Graph capture only (backend='eager'): segments of another batch must not be baked in."""
+    plain, compiled = method(), method()
+    compiled.llm.model.compile(backend="eager", dynamic=True)
+    for batch in (tiny_batch([SEGMENTS]), tiny_batch([tiny_segments(4, 11, 3, 3)])):
+        assert_same(loss_and_gradients(compiled, [batch]), loss_and_gradients(plain, [batch]))

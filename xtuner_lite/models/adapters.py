@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,9 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig | dict[str, Any]) -> 
         config.target_modules = "all-linear"
     config.task_type = config.task_type or "CAUSAL_LM"
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():  # peft asks transformers by a name it is about to drop
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         if "target" not in str(error).lower():
             raise

@@ -63,6 +63,7 @@ def no_packing_mask(longest_segment: int) -> Iterator[None]:
         _longest_segment = before
 
 
+@torch.compiler.disable  # its answer depends on the batch: a compiled graph would fix one
 def packed_sdpa_mask(
     *args: Any, local_size: int | None = None, use_vmap: bool = False, **kwargs: Any
 ) -> Tensor | None:
@@ -80,6 +81,7 @@ def packed_sdpa_mask(
     return sdpa_mask(*args, local_size=local_size, use_vmap=use_vmap, **kwargs)
 
 
+@torch.compiler.disable  # segments differ in every batch: it would be compiled anew for each
 def packed_sdpa_forward(
     module: nn.Module,
     query: Tensor,

