@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from xtuner_lite.data.sampler import EpochSampler, StepPlan, Ticket, isolated_random_state
+from xtuner_lite.data.sampler import (
+    EpochSampler,
+    LengthGroupedSampler,
+    StepPlan,
+    Ticket,
+    isolated_random_state,
+)
 
 
 def test_order_depends_on_seed_and_epoch_only():
@@ -80,3 +86,68 @@ def test_isolated_random_state_repeats_and_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), before)
     with isolated_random_state(1, 2, 4):
         assert random.random() != draws[0][0]
+
+
+class Lengths:
+    def __init__(self, *lengths):
+        self.lengths = np.array(lengths)
+
+
+def grouped(dataset, **options):
+    return LengthGroupedSampler(len(dataset.lengths), dataset=dataset, **options)
+
+
+def test_length_groups_by_hand():
+    # One window: sorted 9 8 7 6 | 5 4 3 2 | 1; the step with the longest comes first, the short
+    # one last. Sample i has length i + 1.
+    sampler = grouped(Lengths(*range(1, 10)), group_size=4)
+    assert sampler.order(0).tolist() == [8, 7, 6, 5, 4, 3, 2, 1, 0]
+    # A window of one step: each step holds what the random order put there, sorted.
+    plain = EpochSampler(9).order(3)
+    narrow = grouped(Lengths(*range(1, 10)), group_size=4, window_steps=1).order(3)
+    groups = [set(plain[:4].tolist()), set(plain[4:8].tolist()), set(plain[8:].tolist())]
+    found = [narrow[:4].tolist(), narrow[4:8].tolist(), narrow[8:].tolist()]
+    assert {8} & set(found[0])
+    assert sorted(map(sorted, found)) == sorted(map(sorted, groups))
+    assert all(part == sorted(part, reverse=True) for part in found)
+
+
+def test_length_groups_hold_every_sample_once_and_are_shuffled_anew():
+    dataset = Lengths(*np.random.default_rng(0).integers(1, 100, 997).tolist())
+    orders = [grouped(dataset, group_size=8, seed=5, window_steps=10).order(e) for e in (0, 1, 0)]
+    assert all(sorted(order.tolist()) == list(range(997)) for order in orders)
+    assert (orders[0] == orders[2]).all()
+    assert (orders[0] != orders[1]).any()
+    for order in orders:
+        assert dataset.lengths[order[0]] == dataset.lengths.max()
+
+
+def test_length_groups_do_not_know_the_split_of_a_step():
+    dataset = Lengths(*range(1, 31))
+    steps = []
+    for batch_size, accumulation, world_size in ((8, 1, 1), (2, 4, 1), (2, 1, 4)):
+        sampler = grouped(dataset, group_size=8)
+        plans = [
+            StepPlan(sampler, batch_size, accumulation, rank, world_size)
+            for rank in range(world_size)
+        ]
+        shares = [
+            [t for m in p.micro_batches(s) for t in m if t.real] for p in plans for s in (0, 1)
+        ]
+        steps.append(sorted(t.index for share in shares for t in share))
+    assert steps[0] == steps[1] == steps[2]
+
+
+def test_length_groups_without_shuffle_are_longest_first():
+    assert grouped(Lengths(3, 9, 5), shuffle=False).order(4).tolist() == [1, 2, 0]
+
+
+def test_length_groups_of_less_than_a_step():
+    assert grouped(Lengths(3, 9, 5), group_size=8).order(0).tolist() == [1, 2, 0]
+
+
+def test_length_groups_need_lengths():
+    with pytest.raises(ValueError, match="list has no attribute 'lengths'. Add it"):
+        LengthGroupedSampler(1, dataset=[1])
+    with pytest.raises(ValueError, match="window_steps=0; at least 1"):
+        grouped(Lengths(1), window_steps=0)

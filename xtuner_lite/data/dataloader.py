@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from xtuner_lite.data.collate import SampleError
 from xtuner_lite.data.sampler import (
     EpochSampler,
     MicroBatchStream,
@@ -20,6 +23,14 @@ from xtuner_lite.data.sampler import (
 from xtuner_lite.registry import COLLATORS, DATASETS, SAMPLERS
 from xtuner_lite.structures import IGNORE_INDEX, Batch
 
+#: What a mistake in a data set's or collator's own code looks like.
+_SLIPS = (KeyError, IndexError, TypeError, AttributeError)
+
+
+class _Read(NamedTuple):
+    index: int
+    sample: Any
+
 
 class _TicketReader(Dataset):
     """The dataset, read by ticket: randomness by (seed, epoch, index), fillers masked."""
@@ -27,15 +38,47 @@ class _TicketReader(Dataset):
     def __init__(self, dataset: Dataset, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
 
-    def __getitem__(self, ticket: Ticket) -> dict[str, Any]:
-        with isolated_random_state(self.seed, ticket.epoch, ticket.index):
-            sample = self.dataset[ticket.index]
-        if ticket.real:
-            return sample
-        sample = dict(sample)
-        sample["labels"] = np.full_like(np.asarray(sample["labels"]), IGNORE_INDEX)
-        sample["row_ids"] = []
-        return sample
+    def __getitem__(self, ticket: Ticket) -> _Read:
+        try:
+            with isolated_random_state(self.seed, ticket.epoch, ticket.index):
+                sample = self.dataset[ticket.index]
+        except _SLIPS as error:
+            raise ValueError(
+                f"reading sample {ticket.index} of {type(self.dataset).__name__} raised "
+                f"{type(error).__name__}: {error}. Correct its __getitem__ or its data."
+            ) from error
+        return _Read(ticket.index, sample if ticket.real else _without_labels(sample, ticket))
+
+
+def _without_labels(sample: Any, ticket: Ticket) -> dict[str, Any]:
+    if not isinstance(sample, Mapping) or "labels" not in sample:
+        raise ValueError(
+            f"sample {ticket.index} has no 'labels' to mask: the last step of an epoch has fewer "
+            "samples than ranks, and a rank without one reads another's unlearnt. Set "
+            "drop_last=True, or give the samples labels."
+        )
+    labels = np.full_like(np.asarray(sample["labels"]), IGNORE_INDEX)
+    return {**sample, "labels": labels, "row_ids": []}
+
+
+class _IndexedCollate:
+    """A collator of what _TicketReader reads; its errors name the samples of the data set."""
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Batch]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, reads: list[_Read]) -> Batch:
+        try:
+            return self.collate_fn([read.sample for read in reads])
+        except SampleError as error:
+            index = reads[error.position].index
+            raise ValueError(f"sample {index} of the data set cannot be used: {error}") from error
+        except _SLIPS as error:
+            indices = ", ".join(str(read.index) for read in reads)
+            raise ValueError(
+                f"the collate_fn raised {type(error).__name__}: {error} on the samples {indices} "
+                "of the data set. Correct it, or what the data set's __getitem__ returns."
+            ) from error
 
 
 class StepDataLoader:
@@ -96,7 +139,7 @@ class StepDataLoader:
         loader = DataLoader(
             _TicketReader(self.dataset, self.seed),
             batch_sampler=MicroBatchStream(self.plan, start, stop),
-            collate_fn=self.collate_fn,
+            collate_fn=_IndexedCollate(self.collate_fn),
             num_workers=self.num_workers,
             generator=generator,
             **self.loader_options,
@@ -104,6 +147,18 @@ class StepDataLoader:
         batches = iter(loader)
         for step in range(start, stop):
             yield [next(batches) for _ in self.plan.micro_batches(step)]
+
+    def samples_of_step(self, step: int) -> list[tuple[int, Any]]:
+        """(index in the data set, sample) of each sample that ``step`` (from 0) sees, all ranks."""
+        epoch, indices = self.plan.samples_of_step(step)
+        reader = _TicketReader(self.dataset, self.seed)
+        return [tuple(reader[Ticket(epoch, int(index))]) for index in indices]
+
+
+def rows_of_step(loader: StepDataLoader, step: int) -> list[str]:
+    """The source rows ('file:line') that optimizer step ``step`` (from 0) sees, on all ranks."""
+    samples = [sample for _, sample in loader.samples_of_step(step)]
+    return [str(row) for sample in samples for row in sample["row_ids"]]
 
 
 def build_dataloader(
@@ -145,15 +200,20 @@ def build_dataloader(
             f"batch_size is {batch_size}; it counts samples per micro-batch and must be >= 1"
         )
     dataset = DATASETS.build(dataset, tokenizer=tokenizer)
+    group_size = batch_size * accumulative_counts * world_size
     sampler = SAMPLERS.build(
         sampler or dict(type=EpochSampler),
         num_samples=len(dataset),
         shuffle=shuffle,
         seed=seed,
         dataset=dataset,
+        group_size=group_size,
     )
-    pad_token_id = getattr(tokenizer, "pad_token_id", None)
-    collate = _build_collate(collate_fn, pad_token_id)
+    collate = _build_collate(
+        collate_fn,
+        pad_token_id=getattr(tokenizer, "pad_token_id", None),
+        max_length=getattr(dataset, "max_length", None),
+    )
     plan = StepPlan(sampler, batch_size, accumulative_counts, rank, world_size, drop_last)
     if plan.steps_per_epoch < 1:
         raise ValueError(
@@ -170,12 +230,13 @@ def build_dataloader(
 
 
 def _build_collate(
-    collate_fn: Any, pad_token_id: int | None
+    collate_fn: Any, *, pad_token_id: int | None, max_length: int | None
 ) -> Callable[[list[dict[str, Any]]], Batch]:
     if callable(collate_fn):
         return collate_fn
-    from functools import partial
-
     cfg = dict(collate_fn or dict(type="packed_collate"))
     function = COLLATORS.resolve(cfg.pop("type"))
-    return partial(function, **{"pad_token_id": pad_token_id, **cfg})
+    given: dict[str, Any] = {"pad_token_id": pad_token_id}
+    if "max_length" in inspect.signature(function).parameters:
+        given["max_length"] = max_length
+    return partial(function, **{**given, **cfg})

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from xtuner_lite.registry import SAMPLERS
 class Sampler(Protocol):
     """What a registered sampler must offer. Plain state-free objects: order(epoch) is all."""
 
-    num_samples: int
+    num_samples: int  # of one epoch
 
     def order(self, epoch: int) -> np.ndarray:
         """int64 [num_samples]: the dataset indices of ``epoch`` (0-based), in reading order."""
@@ -30,29 +30,106 @@ class Sampler(Protocol):
 
 @SAMPLERS.register_module(name=["EpochSampler", "DefaultSampler"])
 class EpochSampler:
-    """Every sample once per epoch, shuffled by (seed, epoch).
+    """Every sample once per epoch, shuffled by (seed, epoch); a mixture chooses its own samples.
 
     Args:
         num_samples: length of the dataset (the Runner fills it in).
         shuffle: False keeps the dataset's own order in every epoch.
         seed: base of the shuffle; None takes the run's seed (the Runner fills it in).
+        dataset: asked for its ``epoch_order(epoch, seed=, shuffle=)`` and ``samples_per_epoch``, if
+            it has them (the Runner fills it in).
     """
 
-    def __init__(self, num_samples: int, *, shuffle: bool = True, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        shuffle: bool = True,
+        seed: int | None = None,
+        dataset: Any = None,
+    ) -> None:
+        self._own_order = getattr(dataset, "epoch_order", None)
+        if self._own_order is not None:
+            num_samples = dataset.samples_per_epoch
         if num_samples < 1:
             raise ValueError(
-                f"EpochSampler got a data set of {num_samples} samples; at least 1 is needed. "
-                "Look at the data report above: it says why each row was skipped."
+                f"{type(self).__name__} got a data set of {num_samples} samples; at least 1 is "
+                "needed. Look at the data report above: it says why each row was skipped."
             )
         self.num_samples = num_samples
         self.shuffle = shuffle
         self.seed = 0 if seed is None else seed
 
     def order(self, epoch: int) -> np.ndarray:
-        """int64 [num_samples]: a permutation that depends on (seed, epoch) only."""
+        """int64 [num_samples]: indices that depend on (seed, epoch) only."""
+        if self._own_order is not None:
+            return self._own_order(epoch, seed=self.seed, shuffle=self.shuffle)
         if not self.shuffle:
             return np.arange(self.num_samples, dtype=np.int64)
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+
+
+@SAMPLERS.register_module()
+class LengthGroupedSampler(EpochSampler):
+    """EpochSampler's samples, those of a step of like length: less padding for unpacked data.
+
+    The epoch's random order is cut into windows of ``window_steps`` steps, each window is sorted by
+    length and cut into steps, and the steps are shuffled, the one with the longest sample first: a
+    batch that does not fit into memory fails at once. A step is sorted too, so that its
+    micro-batches are of like length on every rank. Groups are whole steps: the order is the same
+    for every split of a step over ranks and micro-batches.
+
+    Args:
+        num_samples, shuffle, seed: as EpochSampler's. Without shuffle: longest first.
+        dataset: has ``lengths``, tokens of each sample (the Runner fills it in).
+        group_size: samples of a step (the Runner fills it in).
+        window_steps: steps that are sorted together. Default 50, as transformers': more groups
+            better, fewer are closer to a random order.
+
+    Raises:
+        ValueError: the data set has no ``lengths``; window_steps below 1.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        dataset: Any,
+        group_size: int = 1,
+        shuffle: bool = True,
+        seed: int | None = None,
+        window_steps: int = 50,
+    ) -> None:
+        super().__init__(num_samples, shuffle=shuffle, seed=seed, dataset=dataset)
+        lengths = getattr(dataset, "lengths", None)
+        if lengths is None:
+            raise ValueError(
+                f"LengthGroupedSampler needs the lengths of the samples, and "
+                f"{type(dataset).__name__} has no attribute 'lengths'. Add it (tokens of each "
+                "sample), or use EpochSampler."
+            )
+        if window_steps < 1:
+            raise ValueError(f"window_steps={window_steps!r}; at least 1 step is sorted together")
+        self.lengths = np.asarray(lengths)
+        self.group_size, self.window_steps = group_size, window_steps
+
+    def order(self, epoch: int) -> np.ndarray:
+        """int64 [num_samples]: indices that depend on (seed, epoch, group_size) only."""
+        indices = super().order(epoch)
+        lengths = self.lengths[indices]
+        if not self.shuffle:
+            return indices[np.argsort(-lengths, kind="stable")]
+        window = np.arange(len(indices)) // (self.group_size * self.window_steps)
+        indices = indices[np.lexsort((-lengths, window))]
+        num_full = len(indices) // self.group_size
+        whole, rest = np.split(indices, [num_full * self.group_size])
+        if not num_full:
+            return rest
+        steps = whole.reshape(num_full, self.group_size)
+        shuffled = np.random.default_rng([self.seed, epoch, 104]).permutation(num_full)
+        longest = int(np.argmax(self.lengths[steps[:, 0]]))
+        first = np.concatenate([[longest], shuffled[shuffled != longest]])
+        return np.concatenate([steps[first].reshape(-1), rest])  # the short step stays the last
 
 
 class Ticket(NamedTuple):
