@@ -206,11 +206,14 @@ def test_names_of_peft_and_functions_that_are_called_later(tmp_path):
     page = write_page(
         tmp_path,
         ("type=LoraConfig", 'type="LoraConfg"'),
-        ("batch_size=2", 'batch_size=2, collate_fn=dict(type="packed_collate", pad_to=8)'),
+        (
+            "batch_size=2",
+            'batch_size=2, collate_fn=dict(type="packed_collate", pad_to_multipleof=8)',
+        ),
     )
     first, second = problems_of(page)
     assert "'LoraConfg': peft has no 'LoraConfg'; did you mean 'LoraConfig'" in first.message
-    assert "packed_collate has no option 'pad_to'; did you mean" in second.message
+    assert "packed_collate has no option 'pad_to_multipleof'; did you mean" in second.message
 
 
 def test_dict_without_type_where_a_part_is_built(tmp_path):

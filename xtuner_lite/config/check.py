@@ -23,7 +23,6 @@ from xtuner_lite.config.schema import (
     registry_of,
     target_of,
 )
-from xtuner_lite.config.signatures import Signature
 from xtuner_lite.config.source import NotFound, Unknown
 from xtuner_lite.plugins import PluginError, declare_plugins
 from xtuner_lite.registry import MAP_FNS
@@ -42,7 +41,7 @@ def check_config(cfg: Config | dict[str, Any]) -> list[Problem]:
     from source, so a config of lazy types imports no torch.
 
     Returns:
-        The problems in the order of their keys, [] for a config that can be used.
+        The problems in the order of files and lines, [] for a config that can be used.
     """
     provenance = provenance_of(cfg)
     try:
@@ -52,7 +51,12 @@ def check_config(cfg: Config | dict[str, Any]) -> list[Problem]:
     root = cfg._cfg_dict if isinstance(cfg, Config) else ConfigDict(cfg)
     checker = _Checker(provenance)
     problems = [*provenance.problems, *checker.imports(), *checker.section((), root)]
-    return list(dict.fromkeys(problems))
+    return sorted(dict.fromkeys(problems), key=_reading_order)
+
+
+def _reading_order(problem: Problem) -> tuple[str, int]:
+    file, _, line = problem.place.rpartition(":")
+    return (file, int(line)) if line.isdigit() else (problem.place, 0)
 
 
 class _Checker:
@@ -188,7 +192,7 @@ class _Checker:
                 continue
             known = allowed if not signature.open else [*allowed, *forwarded_names(signature)]
             if not signature.open or (key not in known and is_slip_of(str(key), known)):
-                yield self._problem((*path, key), _unknown_key(str(key), path, signature, known))
+                yield self._problem((*path, key), _unknown_key(str(key), path, target, known))
         for param in signature.accepted:
             if param.required and param.name not in value and param.name not in target.injected:
                 if param.name == "self":
@@ -240,9 +244,11 @@ class _Checker:
             yield self._problem(path, text)
 
 
-def _unknown_key(key: str, path: KeyPath, signature: Signature, allowed: list[str]) -> str:
+def _unknown_key(key: str, path: KeyPath, target: Target, allowed: list[str]) -> str:
+    signature = target.signature
     what = f"{signature.name} has no option {key!r}" if path else f"unknown key {key!r}"
-    shown = [name for name in allowed if not name.startswith("_")]
+    hidden = {"_", *target.injected}  # what the Runner fills in need not be offered
+    shown = [name for name in allowed if name[0] not in hidden and name not in hidden]
     near = did_you_mean(key, shown)
     listed = ", ".join(shown) if len(shown) <= 30 or not near else f"see {signature.place}"
     return f"{what}{near or ';'} Allowed: {listed or 'none'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -35,8 +36,9 @@ def effective_settings(cfg: Config) -> list[Setting]:
 
 
 def format_settings(settings: list[Setting]) -> str:
-    """The settings as text, one a line, in three columns."""
-    rows = [(item.key, _shown(item.value), item.origin) for item in settings]
+    """The settings as text, one a line, in three columns; files relative to the working folder."""
+    here = f"{os.getcwd()}{os.sep}"
+    rows = [(item.key, _shown(item.value), item.origin.removeprefix(here)) for item in settings]
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     widths[1] = min(widths[1], 48)
     return "\n".join(

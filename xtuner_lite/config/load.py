@@ -138,7 +138,7 @@ def _unread_problems(page: Page, known: Sequence[str]) -> list[Problem]:
             continue
         origin = page.origins.get((name,))
         place = f"{page.file}:{line}" if line else (origin.place if origin else str(page.file))
-        places = _settable_instead(page, name) if name in page.from_base and line else []
+        places = _settable_instead(page, name, known) if name in page.from_base and line else []
         if places:
             text = (
                 f"has no effect: only a base reads {name!r}, and it did so before this line; set "
@@ -154,6 +154,10 @@ def _unread_problems(page: Page, known: Sequence[str]) -> list[Problem]:
     return problems
 
 
-def _settable_instead(page: Page, name: str) -> list[str]:
-    """Key paths whose value a base took from the setting."""
-    return [dotted(path) for path, origin in page.origins.items() if origin.setting == name]
+def _settable_instead(page: Page, name: str, known: Sequence[str]) -> list[str]:
+    """Key paths of the Runner's whose value a base took from the setting."""
+    return [
+        dotted(path)
+        for path, origin in page.origins.items()
+        if origin.setting == name and path[0] in known
+    ]
