@@ -107,12 +107,12 @@ def test_a_too_long_turn_does_not_end_the_dialogue(folder, capsys, monkeypatch):
     assert out.rstrip().endswith("bot> Hi!")
 
 
-def test_errors_are_one_line_and_exit_code_1(tmp_path, folder, capsys):
-    assert run(str(tmp_path / "nothing"), "-p", "x") == 1
+def test_errors_are_one_line_and_exit_code_2(tmp_path, folder, capsys):
+    assert run(str(tmp_path / "nothing"), "-p", "x") == 2
     assert capsys.readouterr().err.startswith("error: no model folder")
-    assert run(folder, "-p", "x", "--temperature", "-1") == 1
+    assert run(folder, "-p", "x", "--temperature", "-1") == 2
     assert "temperature is -1.0; it must be 0 or more" in capsys.readouterr().err
-    assert run(folder, "--template", "chatmll") == 1
+    assert run(folder, "--template", "chatmll") == 2
     assert "chatml" in capsys.readouterr().err
 
 

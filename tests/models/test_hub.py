@@ -64,7 +64,7 @@ def test_an_id_is_found_in_the_cache_without_network(offline):
 def test_an_id_that_cannot_be_fetched(offline):
     (offline / "owner").mkdir()
     with pytest.raises(
-        FileNotFoundError, match="'owner/tiny' is neither a folder here.*huggingface"
+        FileNotFoundError, match="no model folder 'owner/tiny'.*not in the huggingface cache"
     ):
         resolve_model_path("owner/tiny")
 

