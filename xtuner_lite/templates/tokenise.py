@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from xtuner_lite.structures import IGNORE_INDEX
 from xtuner_lite.templates.layout import Layout, Span, TemplateError
+from xtuner_lite.templates.words import word_tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,36 @@ def encode_layouts(tokenizer: PreTrainedTokenizerBase, layouts: Sequence[Layout]
         return []
     if not tokenizer.is_fast:
         return [_encode_in_pieces(tokenizer, layout) for layout in layouts]
-    encodings = _backend_batch(tokenizer, [layout.text for layout in layouts])
-    encoded: list[Encoded] = []
-    for layout, encoding in zip(layouts, encodings):
-        bounds = _token_bounds(encoding, layout.spans, len(layout.text))
-        if bounds is None:
-            encoded.append(_encode_cut(tokenizer, layout))
+    encoded = _encode_by_words(tokenizer, layouts)
+    left = [index for index, done in enumerate(encoded) if done is None]
+    if left:
+        encodings = _backend_batch(tokenizer, [layouts[index].text for index in left])
+        for index, encoding in zip(left, encodings):
+            layout = layouts[index]
+            bounds = _token_bounds(encoding, layout.spans, len(layout.text))
+            if bounds is None:
+                encoded[index] = _encode_cut(tokenizer, layout)
+            else:
+                encoded[index] = _finish(encoding.ids, bounds, layout)
+    return [done for done in encoded if done is not None]
+
+
+def _encode_by_words(
+    tokenizer: PreTrainedTokenizerBase, layouts: Sequence[Layout]
+) -> list[Encoded | None]:
+    """The layouts that templates/words.py can encode; None for the others."""
+    words = word_tokenizer(tokenizer)
+    if words is None:
+        return [None] * len(layouts)
+    borders = [[at for span in layout.spans for at in (span.start, span.end)] for layout in layouts]
+    results = words.encode([layout.text for layout in layouts], borders)
+    encoded: list[Encoded | None] = []
+    for layout, result in zip(layouts, results):
+        if result is None:
+            encoded.append(None)
         else:
-            encoded.append(_finish(encoding.ids, bounds, layout))
+            ids, marks = result
+            encoded.append(_finish(ids, list(zip(marks[::2], marks[1::2])), layout))
     return encoded
 
 
@@ -76,8 +99,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> lis
     if not texts:
         return []
     if tokenizer.is_fast:
-        batch = _backend_batch(tokenizer, list(texts), add_special_tokens=True)
-        rows = [encoding.ids for encoding in batch]
+        rows = _document_ids(tokenizer, texts)
     else:
         rows = [tokenizer(text)["input_ids"] for text in texts]
     encoded = []
@@ -87,6 +109,36 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> lis
         learnt[0] = False
         encoded.append(Encoded(array, learnt, None, eos_learnt=len(array) > 1))
     return encoded
+
+
+def _document_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids with the special tokens that the tokenizer adds to a text."""
+    words = word_tokenizer(tokenizer)
+    frame = None if words is None else _frame(tokenizer)
+    if words is None or frame is None:
+        batch = _backend_batch(tokenizer, list(texts), add_special_tokens=True)
+        return [encoding.ids for encoding in batch]
+    results = words.encode(texts, [()] * len(texts))
+    left = [index for index, result in enumerate(results) if result is None]
+    batch = _backend_batch(tokenizer, [texts[i] for i in left], add_special_tokens=True)
+    others = {index: encoding.ids for index, encoding in zip(left, batch)}
+    head, tail = frame
+    return [
+        others[index] if result is None else [*head, *result[0], *tail]
+        for index, result in enumerate(results)
+    ]
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
+    """Special tokens before and behind any text, seen on a probe; None if it shows otherwise."""
+    bare = _backend_batch(tokenizer, ["a", "b"])
+    framed = _backend_batch(tokenizer, ["a", "b"], add_special_tokens=True)
+    (a, b), (fa, fb) = ([e.ids for e in batch] for batch in (bare, framed))
+    for start in range(len(fa) - len(a) + 1):
+        head, tail = fa[:start], fa[start + len(a) :]
+        if fa == [*head, *a, *tail] and fb == [*head, *b, *tail]:
+            return head, tail
+    return None
 
 
 def _backend_batch(
