@@ -87,10 +87,12 @@ def _summary(diff: DataDiff) -> str:
     lines += [f"{label:<16}{a:>14,}{b:>14,}{b - a:>+14,}" for label, (a, b) in pairs]
     lines += ["", f"{'rows equal':<16}{diff.num_equal:>14,}"]
     lines += [f"{change:<16}{len(rows):>14,}" for change, rows in diff.changed.items() if rows]
+    if any(rows for change, rows in diff.changed.items() if change.startswith("only")):
+        lines.append("A row that is missing was skipped: xtuner-lite check-data says why.")
     if not diff.num_equal and diff.num_rows[0] == len(diff.changed["only in A"]):
         lines.append(
-            "No row is in both: rows are known by 'file:line' as the configs name the file. Use "
-            "the same data= in both."
+            "No row is in both: rows are known by 'file:line' as the configs name the file. Name "
+            "the files alike in both configs."
         )
     return "\n".join(lines)
 

@@ -30,9 +30,9 @@ class DataReport:
     longest: list[tuple[int, int, str]] = field(default_factory=list)
     """(tokens, learnt tokens, row) of the longest, longest first."""
     num_copies: int = 0
-    """Segments whose tokens are those of an earlier one."""
+    """Segments whose tokens are those of one seen before."""
     copies: list[tuple[str, str]] = field(default_factory=list)
-    """The first few: (row, the earlier row)."""
+    """The first few: (row, the row seen before)."""
     num_empty: int = 0
     """Segments with a learnt turn of nothing but special tokens and blanks."""
     empty: list[str] = field(default_factory=list)
@@ -129,7 +129,7 @@ def format_report(report: DataReport) -> str:
     ]
     size = len(report.lengths)
     lines += _named(
-        "copies of an earlier row (all tokens equal)",
+        "copies of another row (all tokens equal)",
         report.num_copies,
         size,
         [f"{row} = {first}" for row, first in report.copies],
@@ -171,7 +171,9 @@ def _histogram(label: str, values: np.ndarray, num_bins: int = 10) -> list[str]:
     for index, count in enumerate(counts.tolist()):
         begin = low + index * width
         bar = "#" * max(round(_BAR * count / counts.max()), count > 0)
-        span = f"{begin:>{digits},} - {begin + width - 1:>{digits},}"
+        span = f"{begin:>{digits},}"
+        if width > 1:
+            span += f" - {begin + width - 1:>{digits},}"
         lines.append(f"  {span} {count:>9,} {bar}".rstrip())
     return lines
 

@@ -209,7 +209,12 @@ class Runner(HookContract):
         """
         if self._sections[name] is None:
             raise ValueError(f"the config has no {name}; add one to look at its data")
-        self.logger = MMLogger(self.experiment_name, log_level=self._log_level)
+        if self.logger is None:
+            self.logger = MMLogger.get_instance(
+                f"{self.experiment_name}-{self.timestamp}-{id(self)}",
+                logger_name=self.experiment_name,
+                log_level=self._log_level,
+            )
         self.seed = set_randomness(
             self._randomness.get("seed"), self._randomness.get("deterministic", False)
         )
