@@ -46,7 +46,7 @@ def test_a_tokenizer_without_template_names_what_to_do():
 def test_tool_calls_that_the_template_does_not_write_stop_the_run():
     template = ChatTemplate(tiny_tokenizer())
     left_out = {kind for kind, shown in template.shows.items() if not shown}
-    assert left_out == {"tool_calls", "tools"}
+    assert left_out == {"tool_calls", "tools", "thinking"}
     with pytest.raises(TemplateError, match=r"message 1 \(assistant\) holds tool calls"):
         template.layout([CHAT[0], CALL, RESULT, CHAT[1]])
 
@@ -123,3 +123,61 @@ def test_it_can_be_sent_to_a_worker():
     assert template.encode(CHAT).input_ids.tolist() == (
         ChatTemplate(tiny_tokenizer()).encode(CHAT).input_ids.tolist()
     )
+
+
+THOUGHT = {"role": "assistant", "content": "Hello", "reasoning_content": "They greet."}
+
+
+def learnt(template, chat, **options):
+    layout = template.layout(chat, **options)
+    return [layout.text[s.start : s.end] for s in layout.spans]
+
+
+def test_thinking_is_read_and_not_learnt_unless_asked():
+    template = ChatTemplate(apply_template(tiny_tokenizer(None), "chatml"))
+    assert "<think>\nThey greet.\n</think>" in template.render([CHAT[0], THOUGHT])
+    assert learnt(template, [CHAT[0], THOUGHT, *CHAT]) == [
+        "<think>\n",
+        "\n</think>\n\nHello<|im_end|>",
+        "Hello<|im_end|>",
+    ]
+    assert learnt(template, [CHAT[0], THOUGHT], train_thinking=True) == [
+        "<think>\nThey greet.\n</think>\n\nHello<|im_end|>"
+    ]
+    assert learnt(template, [CHAT[0], THOUGHT], train_on="all")[0].startswith("<|im_start|>user")
+
+
+def test_thinking_that_repeats_in_the_answer_is_still_found():
+    template = ChatTemplate(apply_template(tiny_tokenizer(None), "chatml"))
+    same = {"role": "assistant", "content": "aa", "reasoning_content": "aa"}
+    assert learnt(template, [CHAT[0], same]) == ["<think>\n", "\n</think>\n\naa<|im_end|>"]
+
+
+def test_thinking_with_a_tool_call():
+    template = ChatTemplate(apply_template(tiny_tokenizer(None), "chatml"))
+    assert learnt(
+        template, [CHAT[0], {**CALL, "reasoning_content": "Ask f."}, RESULT, CHAT[1]]
+    ) == [
+        "<think>\n",
+        '\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call><|im_end|>',
+        "Hello<|im_end|>",
+    ]
+
+
+def test_thinking_that_the_template_drops():
+    template = ChatTemplate(tiny_tokenizer())
+    assert learnt(template, [CHAT[0], THOUGHT]) == ["Hello<|im_end|>"]
+    with pytest.raises(TemplateError, match="reasoning_content that is to be learnt"):
+        template.layout([CHAT[0], THOUGHT], train_thinking=True)
+
+
+def test_thinking_whose_place_cannot_be_told():
+    template = ChatTemplate(
+        tiny_tokenizer(
+            "{% for m in messages %}{{ m.role }}:{{ m.reasoning_content | length }}"
+            "{{ m.reasoning_content | reverse }}{{ m.content }}<|im_end|>{% endfor %}"
+            "{% if add_generation_prompt %}assistant:{% endif %}"
+        )
+    )
+    with pytest.raises(TemplateError, match="the place of its reasoning_content cannot be told"):
+        template.layout([CHAT[0], THOUGHT])

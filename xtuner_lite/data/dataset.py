@@ -63,6 +63,7 @@ class ChatDataset(Dataset):
             packing="concat" no row is too long.
         train_on: "assistant" learns every assistant turn, "last" the last one, "all" everything.
             A message's own ``loss`` goes before it.
+        train_thinking: learn the answers' ``reasoning_content`` too; by default it is only read.
         on_bad_row: a row that does not parse or breaks the schema: "raise" or "skip" (counted).
         num_proc: processes that encode.
         limit: rows read at most; None reads all.
@@ -94,6 +95,7 @@ class ChatDataset(Dataset):
         packing: Packing = "best_fit",
         overlong: Overlong = "truncate",
         train_on: TrainOn = "assistant",
+        train_thinking: bool = False,
         on_bad_row: OnBadRow = "raise",
         num_proc: int = 1,
         limit: int | None = None,
@@ -103,10 +105,12 @@ class ChatDataset(Dataset):
     ) -> None:
         _check_options(max_length, packing, overlong, train_on, on_bad_row, num_proc, limit)
         contract = DataContract.of(data_contract)
+        notes: list[str] = []
         if template is not None:
             tokenizer = apply_template(copy.deepcopy(tokenizer), template)
+            notes.append("a template of its own; the model is exported with the tokenizer's")
         self.name = name or _name_of(data)
-        notes: list[str] = []
+        self.max_length = max_length
         rows = islice(read_rows(data), limit)
         function, rows = _resolve_map_fn(map_fn, rows, self.name, notes)
         encoder = RowEncoder(
@@ -116,6 +120,7 @@ class ChatDataset(Dataset):
             max_length=None if packing == "concat" else max_length,
             overlong=overlong,
             train_on=train_on,
+            train_thinking=train_thinking,
             on_bad_row=on_bad_row,
             bos_token_id=tokenizer.bos_token_id,
         )

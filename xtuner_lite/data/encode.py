@@ -65,6 +65,7 @@ class RowEncoder:
     """Tokens of a row; None: no limit."""
     overlong: Overlong = "truncate"
     train_on: TrainOn = "assistant"
+    train_thinking: bool = False
     on_bad_row: OnBadRow = "raise"
     bos_token_id: int | None = None
     """Kept at the beginning of what is left of a row that starts with it."""
@@ -133,7 +134,8 @@ class RowEncoder:
         if self.template is None:
             raise BadRow("a conversation, and this data set takes plain text only")
         tools = check_tools(mapped.get("tools"))
-        return _Chat(messages, tools, self.template.layout(messages, tools, self.train_on))
+        layout = self.template.layout(messages, tools, self.train_on, self.train_thinking)
+        return _Chat(messages, tools, layout)
 
     def _mapped(self, row: Row) -> dict[str, Any]:
         name = getattr(self.map_fn, "__name__", repr(self.map_fn))
@@ -208,6 +210,7 @@ class RowEncoder:
             chat.messages,
             chat.tools,
             train_on=self.train_on,
+            train_thinking=self.train_thinking,
             whole=encoded,
             limit=limit,
         )

@@ -80,6 +80,7 @@ def split_exchanges(
     train_on: TrainOn,
     whole: Encoded,
     limit: int,
+    train_thinking: bool = False,
 ) -> list[Encoded] | None:
     """Pieces that are conversations of their own; None if they would not teach what the row does.
 
@@ -90,7 +91,7 @@ def split_exchanges(
     """
     if train_on == "all":  # also what the template writes between messages is learnt
         return None
-    splitter = _ExchangeSplitter(template, messages, tools, train_on, limit)
+    splitter = _ExchangeSplitter(template, messages, tools, train_on, limit, train_thinking)
     try:
         pieces = splitter.split()
     except (RowRefused, TemplateError):  # the whole was accepted; a piece of it is not
@@ -106,8 +107,10 @@ class _ExchangeSplitter:
         tools: list[dict[str, Any]] | None,
         train_on: TrainOn,
         limit: int,
+        train_thinking: bool,
     ) -> None:
         self.template, self.messages, self.tools, self.limit = template, messages, tools, limit
+        self.train_thinking = train_thinking
         self.weights = message_weights(messages, train_on)
         self.num_head, self.borders = _exchanges(messages)
         self.head_is_learnt = any(self.weights[: self.num_head])
@@ -158,7 +161,7 @@ class _ExchangeSplitter:
         for index in range(first, stop):
             weight = self.weights[index] if index >= taught_from else False
             chosen.append({**self.messages[index], "loss": weight})
-        return self.template.encode(chosen, self.tools)
+        return self.template.encode(chosen, self.tools, train_thinking=self.train_thinking)
 
 
 def _exchanges(messages: Sequence[Message]) -> tuple[int, list[tuple[int, int]]]:

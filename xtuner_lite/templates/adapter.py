@@ -79,8 +79,14 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: list[dict[str, Any]] | None = None,
         train_on: TrainOn = "assistant",
+        train_thinking: bool = False,
     ) -> Layout:
         """The render and its learnt characters.
+
+        Args:
+            messages, tools: a checked conversation.
+            train_on: "assistant" every answer, "last" the last one, "all" everything.
+            train_thinking: learn the answers' reasoning_content too.
 
         Raises:
             TemplateError: the mask cannot be proved, or the template leaves out what the
@@ -92,21 +98,28 @@ class ChatTemplate:
             raise ValueError(
                 f"train_on={train_on!r} is unknown; allowed: {', '.join(map(repr, TRAIN_ON))}"
             )
-        self._check_nothing_left_out(messages)
+        self._check_nothing_left_out(messages, train_thinking)
         return lay_out(
             self._renderer,
             messages,
             tools,
             train_on=train_on,
+            train_thinking=train_thinking,
             end_texts=self.end_texts,
             final_tail=self.final_tail,
         )
 
     def encode_batch(
-        self, conversations: Sequence[Conversation], train_on: TrainOn = "assistant"
+        self,
+        conversations: Sequence[Conversation],
+        train_on: TrainOn = "assistant",
+        train_thinking: bool = False,
     ) -> list[Encoded]:
         """Encodes many (messages, tools) pairs with one call of the tokenizer. Raises as layout."""
-        layouts = [self.layout(messages, tools, train_on) for messages, tools in conversations]
+        layouts = [
+            self.layout(messages, tools, train_on, train_thinking)
+            for messages, tools in conversations
+        ]
         return encode_layouts(self.tokenizer, layouts)
 
     def encode(
@@ -114,9 +127,10 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: list[dict[str, Any]] | None = None,
         train_on: TrainOn = "assistant",
+        train_thinking: bool = False,
     ) -> Encoded:
         """Encodes one conversation. Raises as :meth:`layout`."""
-        return self.encode_batch([(messages, tools)], train_on)[0]
+        return self.encode_batch([(messages, tools)], train_on, train_thinking)[0]
 
     def encode_layouts(self, layouts: Sequence[Layout]) -> list[Encoded]:
         """Tokenises layouts made by :meth:`layout` with one call of the tokenizer."""
@@ -206,7 +220,7 @@ class ChatTemplate:
 
     @cached_property
     def shows(self) -> dict[str, bool]:
-        """Whether the template writes each role's text, 'tool_calls' and 'tools' at all.
+        """Whether the template writes each role's text, 'tool_calls', 'tools' and 'thinking'.
 
         A template that skips one of them would train on conversations with a hole in them. One
         that raises on a probe counts as True: on a row it will raise too, and say why.
@@ -227,6 +241,7 @@ class ChatTemplate:
             "tool_calls": ([user, caller, {**result, "content": "r"}, answer], None),
             "tool": ([user, {**caller, "tool_calls": plain}, result, answer], None),
             "tools": ([user, answer], tools),
+            "thinking": ([user, {**answer, "reasoning_content": mark}], None),
         }
         return {name: self._writes(mark, *probe) for name, probe in probes.items()}
 
@@ -236,10 +251,14 @@ class ChatTemplate:
         except RowRefused:
             return True
 
-    def _check_nothing_left_out(self, messages: Sequence[Message]) -> None:
+    def _check_nothing_left_out(
+        self, messages: Sequence[Message], train_thinking: bool = False
+    ) -> None:
         for index, message in enumerate(messages):
             role = message["role"]
             kind = "tool_calls" if message.get("tool_calls") else role
+            if train_thinking and message.get("reasoning_content") and not self.shows["thinking"]:
+                kind = "thinking"
             if not self.shows[kind]:
                 raise TemplateError(
                     f"message {index} ({role}) holds {_KINDS[kind]}, which the chat template does "
@@ -255,6 +274,7 @@ _KINDS = {
     "assistant": "text as a plain string",
     "tool": "a tool's result",
     "tool_calls": "tool calls",
+    "thinking": "reasoning_content that is to be learnt (train_thinking)",
 }
 
 

@@ -37,7 +37,7 @@ def to_jinja(parts: TemplateParts) -> str:
 
 
 def _write(part: str, **contents: str) -> str:
-    """Jinja that writes a part, with expressions where its marks stand (input='message.content')."""
+    """Jinja that writes a part, with expressions in place of its marks."""
     expressions = {"bos": "(bos_token or '')", "eos": "eos_token", **contents}
     pieces, at = [], 0
     for match in _MARK.finditer(part):

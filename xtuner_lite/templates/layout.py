@@ -8,6 +8,9 @@ The loss mask is derived from message structure, never by searching text. For as
 and both renders must be beginnings of the render of the whole conversation. Where a template breaks
 this (it rewrites earlier turns, as some thinking templates do), no mask can be proved and
 :class:`TemplateError` says at which message the texts part.
+
+A message's ``reasoning_content`` is found in its turn the same way: by rendering the turn again
+with a letter put in front of it and behind it.
 """
 
 from __future__ import annotations
@@ -85,6 +88,7 @@ class Renderer:
         self._plain = compile_template(tokenizer.get_chat_template())
         with_tools = tokenizer.get_chat_template(tools=[{}])  # a second template in some models
         self._with_tools = compile_template(with_tools)
+        self._globals = {**self._with_tools.globals, **self._plain.globals}
         self._variables = dict(tokenizer.special_tokens_map)
 
     def render(
@@ -99,14 +103,17 @@ class Renderer:
             RowRefused: the template raised; the reason it gave is in the message.
         """
         template = self._with_tools if tools else self._plain
+        # template.render() would copy all globals, one look-up each, on every call.
+        names = {
+            **self._globals,
+            "messages": [_normalised(message) for message in messages],
+            "tools": tools or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._variables,
+        }
         try:
-            return template.render(
-                messages=[_normalised(message) for message in messages],
-                tools=tools or None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            )
+            return "".join(template.root_render_func(template.new_context(names, shared=True)))
         except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
             roles = ", ".join(str(message.get("role")) for message in messages) or "none"
             raise RowRefused(
@@ -130,6 +137,7 @@ def lay_out(
     tools: list[dict[str, Any]] | None,
     *,
     train_on: TrainOn,
+    train_thinking: bool,
     end_texts: tuple[str, ...],
     final_tail: str,
 ) -> Layout:
@@ -139,6 +147,7 @@ def lay_out(
         messages: a checked conversation; a message's ``loss`` overrides ``train_on``.
         tools: JSON schemas of tools, passed to the template.
         train_on: "assistant" every assistant turn, "last" the last one only, "all" every character.
+        train_thinking: learn the reasoning_content of answers too ("all" always does).
         end_texts: texts of the tokens that end a turn (see ``ChatTemplate.end_texts``).
         final_tail: what the template appends behind the last turn only ('' for most).
 
@@ -161,8 +170,11 @@ def lay_out(
         if messages[index]["role"] == "assistant":
             end, ended = _cut_behind_end_token(whole, start, end, end_texts)
             ends_learnt = ends_learnt and ended
-        if end > start:
-            spans.append(Span(start, end, weight))
+        pieces = [(start, end)]
+        if not train_thinking and messages[index].get("reasoning_content"):
+            thought = thought_of(renderer, messages[: index + 1], tools, whole)
+            pieces = [(start, min(thought[0], end)), (max(thought[1], start), end)]
+        spans += [Span(*piece, weight) for piece in pieces if piece[1] > piece[0]]
     return Layout(whole, tuple(spans), ends_learnt and bool(spans))
 
 
@@ -216,6 +228,46 @@ def _turn(
     return len(before), len(through)
 
 
+def thought_of(
+    renderer: Renderer,
+    messages: Sequence[Message],
+    tools: list[dict[str, Any]] | None,
+    whole: str,
+) -> tuple[int, int]:
+    """Characters [start, end) of the last message's thinking; (0, 0) if it is not written.
+
+    Two letters in front of it tell where it starts, two behind it where it ends.
+
+    Raises:
+        TemplateError: the render around the thinking is not that of the whole.
+    """
+    *earlier, message = messages
+    thought = message["reasoning_content"]
+    plain = renderer.render(messages, tools)
+    fronts = [renderer.render([*earlier, {**message, "reasoning_content": letter + thought}], tools)
+              for letter in "ab"]  # fmt: skip
+    if fronts[0] == fronts[1]:
+        return 0, 0
+    backs = [renderer.render([*earlier, {**message, "reasoning_content": thought + letter}], tools)
+             for letter in "ab"]  # fmt: skip
+    start = len(_common_beginning(*fronts))
+    behind = len(_common_beginning(backs[0][::-1], backs[1][::-1]))
+    end = len(plain) - behind
+    same = whole.startswith(plain[:end]) and plain[:start] == fronts[0][:start]
+    if not same or plain[end:] != backs[0][len(backs[0]) - behind :] or end < start:
+        raise TemplateError(
+            f"the chat template's mask cannot be proved: at message {len(earlier)} (assistant) the "
+            "place of its reasoning_content cannot be told. Set train_thinking=True to learn it "
+            "with the answer, or take it out with a map function."
+        )
+    return start, end
+
+
+def _common_beginning(one: str, two: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(one, two)) if a != b), min(len(one), len(two)))
+    return one[:at]
+
+
 def _cut_behind_end_token(
     whole: str, start: int, end: int, end_texts: tuple[str, ...]
 ) -> tuple[int, bool]:
@@ -232,9 +284,7 @@ def _cut_behind_end_token(
 def _parting(
     messages: Sequence[Message], index: int, what: str, part: str, whole: str
 ) -> TemplateError:
-    at = next(
-        (i for i, (a, b) in enumerate(zip(part, whole)) if a != b), min(len(part), len(whole))
-    )
+    at = len(_common_beginning(part, whole))
     around = slice(max(at - 40, 0), at + 40)
     if index == len(messages) - 1:
         advice = (
