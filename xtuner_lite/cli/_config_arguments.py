@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -43,12 +44,12 @@ def checked_config(
         args: with cfg_options and plugin.
         options: further KEY=VALUE, over args.cfg_options.
     """
-    from xtuner_lite.config import check_config, load_config, load_plugins, report_problems
+    from xtuner_lite.config import check_config, declare_plugins, load_config, report_problems
 
     cfg = load_config(config, overrides=[*args.cfg_options, *options])
-    load_plugins(cfg, args.plugin)
+    declare_plugins(cfg, args.plugin)  # read, not imported: a plug-in may import torch
     problems = check_config(cfg)
     if problems:
-        print(report_problems(problems))
+        print(report_problems(problems), file=sys.stderr)
         return None
     return cfg
