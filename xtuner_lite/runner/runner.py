@@ -14,6 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
 from torch import nn
 
+from xtuner_lite.config import load_plugins
 from xtuner_lite.data.dataloader import StepDataLoader, build_dataloader
 from xtuner_lite.engine.checkpoint import (
     checkpoint_name,
@@ -162,6 +163,7 @@ class Runner(HookContract):
         ``xtuner-lite train`` and ``load_config`` + ``check_config`` refuse unknown names before
         this.
         """
+        load_plugins(cfg)
         known = set(inspect.signature(cls.__init__).parameters) - {"self", "cfg"}
         sections = {key: cfg[key] for key in known if key in cfg}
         sections.setdefault("work_dir", f"./work_dirs/{_config_name(cfg)}")
