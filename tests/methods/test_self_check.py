@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from tests.tiny import tiny_batch, tiny_llama, tiny_segments
 from xtuner_lite.methods.self_check import check_packed_forward
 from xtuner_lite.methods.sft import SupervisedFinetune
+from xtuner_lite.models.loading import load_causal_lm
 
 BATCH = tiny_batch([tiny_segments(9, 6)])
 
@@ -68,3 +70,15 @@ def test_it_runs_once_in_training_and_leaves_modes_and_random_numbers_alone(monk
     assert calls == [1]
     assert sft.llm.model.layers[0].training
     assert not sft.llm.model.norm.training
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_quantised_bases_pass_and_train(tmp_path, quantization):
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(hidden_size=64).save_pretrained(tmp_path)
+    model = load_causal_lm(tmp_path, dtype="bfloat16", quantization=quantization)
+    sft = SupervisedFinetune(model, lora=LoraConfig(r=2))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sft(BATCH)
+    out.loss_sum.backward()
+    assert all(p.grad is not None for p in sft.trainable_parameters().values())

@@ -81,7 +81,34 @@ def drop_unsupervised_segments(batch: Batch) -> Batch:
         if (value := batch.get(name)) is not None:
             flat = value.reshape(-1)
             row[name] = (flat if chosen is None else flat[chosen]).unsqueeze(0)
+    if (sources := batch.get("segment_sources")) is not None:
+        row["segment_sources"] = sources[keep.to(sources.device)]
+        row["source_names"] = batch["source_names"]
     return row
+
+
+def loss_of_sources(
+    token_losses: Tensor, at: Tensor, weights: Tensor | None, batch: Batch, num_sources: int
+) -> tuple[Tensor, Tensor]:
+    """Loss and counted targets of each data set that a batch of a mixture holds.
+
+    Args:
+        token_losses: float32 [N], loss of each target, in nats, not weighted.
+        at: int64 [N], positions of the targets in the flattened tokens, as find_targets gives them.
+        weights: float32 [N], weight of each target; None means 1.
+        batch: its cu_seqlens int32 [S + 1] and segment_sources int64 [S] are read.
+        num_sources: K.
+
+    Returns:
+        loss_sums: float32 [K], weighted.
+        counts: float32 [K], targets, each counted by its weight.
+    """
+    borders = batch["cu_seqlens"].to(at.device, torch.int64)
+    segment = torch.searchsorted(borders, at, right=True) - 1
+    source = batch["segment_sources"].to(at.device)[segment]
+    weights = torch.ones_like(token_losses) if weights is None else weights.to(token_losses)
+    zeros = torch.zeros(num_sources, dtype=torch.float32, device=at.device)
+    return zeros.index_add(0, source, token_losses * weights), zeros.index_add(0, source, weights)
 
 
 def chunked_head_loss(
@@ -93,6 +120,7 @@ def chunked_head_loss(
     weights: Tensor | None = None,
     token_loss: TokenLoss = token_cross_entropy,
     chunk_tokens: int = 512,
+    token_losses: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of token losses behind a language model head, without ever holding all logits.
 
@@ -108,6 +136,8 @@ def chunked_head_loss(
         weights: float32 [N], weight of each token's loss; None means 1.
         token_loss: logits float32 [n, V], targets int64 [n] -> float32 [n].
         chunk_tokens: tokens per chunk.
+        token_losses: float32 [N] to write the loss of each target into, not weighted; None: not
+            wanted.
 
     Returns:
         loss_sum: float32 scalar with a graph.
@@ -124,7 +154,7 @@ def chunked_head_loss(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be a positive number of tokens")
     parameters = head_parameters or []
-    inputs = (head, token_loss, targets, weights, chunk_tokens, hidden, *parameters)
+    inputs = (head, token_loss, targets, weights, chunk_tokens, token_losses, hidden, *parameters)
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
         return _ChunkedHeadLoss.apply(*inputs)
     with torch.no_grad():
@@ -156,6 +186,7 @@ def _run_chunks(
     targets: Tensor,
     weights: Tensor | None,
     chunk_tokens: int,
+    token_losses: Tensor | None,
     hidden: Tensor,
     *parameters: nn.Parameter,
     needs_grad: bool,
@@ -175,6 +206,8 @@ def _run_chunks(
             losses = token_loss(logits, targets[part])
             chunk_loss = (losses if weights is None else losses * weights[part]).sum()
         loss_sum += chunk_loss.detach()
+        if token_losses is not None:
+            token_losses[part] = losses.detach()
         num_correct += (logits.detach().argmax(-1) == targets[part]).sum()
         if needs_grad:
             wanted = [] if hidden_grad is None else [chunk]

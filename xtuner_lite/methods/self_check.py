@@ -51,7 +51,7 @@ def check_packed_forward(llm: nn.Module, batch: Batch, *, head: str = "chunked")
         _relative_difference(ours, own)
         for ours, own in zip(packed.split([len(s) for s in samples]), alone, strict=True)
     ]
-    allowed = 1e-3 if _computes_in_float32(llm, samples[0].device) else 0.1
+    allowed = _allowed_difference(llm, samples[0].device)
     if differences[0] > allowed:
         raise RuntimeError(
             f"{type(base).__name__}: logits of the first sample differ from the model's own by "
@@ -84,7 +84,9 @@ def _relative_difference(ours: Tensor, own: Tensor) -> float:
     return float((ours - own).norm() / spread)
 
 
-def _computes_in_float32(llm: nn.Module, device: torch.device) -> bool:
-    if torch.is_autocast_enabled(device.type):
-        return False
-    return all(p.dtype == torch.float32 for p in llm.parameters() if p.is_floating_point())
+def _allowed_difference(llm: nn.Module, device: torch.device) -> float:
+    """What rounding explains: next to nothing in float32, more in half precision."""
+    if getattr(unwrap_adapter(llm), "is_loaded_in_8bit", False):
+        return 0.5  # LLM.int8 picks outlier columns over all rows: 0.3 measured on SmolLM2-135M
+    is_float32 = all(p.dtype == torch.float32 for p in llm.parameters() if p.is_floating_point())
+    return 1e-3 if is_float32 and not torch.is_autocast_enabled(device.type) else 0.1

@@ -14,6 +14,7 @@ from xtuner_lite.methods.functional import (
     count_target_tokens,
     drop_unsupervised_segments,
     find_targets,
+    loss_of_sources,
     token_cross_entropy,
 )
 from xtuner_lite.methods.self_check import check_packed_forward
@@ -97,7 +98,7 @@ class SupervisedFinetune(TrainingMethod):
 
         A micro-batch without any target gives loss 0 and zero gradients for every trainable
         parameter, so that ranks stay in step. Metrics: token_accuracy, the share of targets that
-        had the highest logit.
+        had the highest logit; in a mixture loss/<source>, the loss of each data set.
         """
         if self._wants_self_check and self.training:
             self._wants_self_check = False
@@ -114,6 +115,8 @@ class SupervisedFinetune(TrainingMethod):
         casts = nullcontext() if self.activation_checkpointing else without_input_casts(self.llm)
         with casts:
             hidden, head, head_parameters = self._hidden_states_and_head(batch, at)
+        names = batch.get("source_names", ())
+        token_losses = at.new_empty(len(targets), dtype=torch.float32) if names else None
         loss_sum, num_correct = chunked_head_loss(
             hidden,
             head,
@@ -122,9 +125,14 @@ class SupervisedFinetune(TrainingMethod):
             weights=weights,
             token_loss=self.token_loss,
             chunk_tokens=self.head_chunk_tokens,
+            token_losses=token_losses,
         )
         correct = num_correct if num_targets else torch.zeros_like(num_correct)
-        return LossOutput(loss_sum, num_units, {"token_accuracy": (correct, num_targets)})
+        metrics: dict[str, Any] = {"token_accuracy": (correct, num_targets)}
+        if token_losses is not None:
+            sums, counts = loss_of_sources(token_losses, at, weights, batch, len(names))
+            metrics |= {f"loss/{n}": pair for n, pair in zip(names, zip(sums, counts))}
+        return LossOutput(loss_sum, num_units, metrics)
 
     def _hidden_states_and_head(self, batch: Batch, at: Tensor) -> tuple[Tensor, Any, list]:
         """What predicts the targets at ``at``, [N, H or V], how logits come of it, what trains."""
