@@ -16,7 +16,7 @@ PARTS = ["# 1 Settings", "# 2 Model", "# 3 Data", "# 4 Schedule", "# 5 Runtime"]
 
 
 def test_the_configs_are_there():
-    assert len(LEAVES) >= 7
+    assert len(LEAVES) >= 11
     assert len({p.stem for p in LEAVES}) == len(LEAVES)  # a name finds one page
 
 
@@ -44,10 +44,16 @@ def test_a_setting_reaches_where_it_is_used(leaf):
     options = ["model_path='here'", "data_path='there.json'", "max_length=77", "lr=0.5"]
     cfg = load_config(leaf, overrides=options)
     assert cfg.tokenizer.path == cfg.model.llm.path == "here"
-    assert cfg.train_dataloader.dataset.data == "there.json"
-    assert cfg.train_dataloader.dataset.max_length == 77
+    assert first_set(cfg).data == "there.json"
+    assert first_set(cfg).max_length == 77
     assert cfg.optim_wrapper.optimizer.lr == 0.5
     assert cfg.param_scheduler.warmup > 0
+
+
+def first_set(cfg):
+    """The data set, or the first of a mixture."""
+    dataset = cfg.train_dataloader.dataset
+    return dataset.datasets[0].dataset if "datasets" in dataset else dataset
 
 
 def misspelled(node: dict, path: tuple = ()):
@@ -94,6 +100,10 @@ def test_a_leaf_trains_a_tiny_model(leaf, tmp_path, tiny_model):
     data = tmp_path / "rows.json"
     data.write_text(json.dumps(_rows_for(load_config(leaf))))
     options = [("model_path", str(tiny_model)), ("data_path", str(data)), ("max_length", 96)]
+    if "general_path" in leaf.read_text(encoding="utf-8"):
+        other = tmp_path / "general.json"
+        other.write_text(data.read_text())
+        options.append(("general_path", str(other)))
     cfg = load_config(leaf, overrides=[*options, ("work_dir", str(tmp_path / "run"))])
     cfg.train_cfg = dict(max_iters=2)
     cfg.optim_wrapper.accumulative_counts = 2
@@ -107,7 +117,8 @@ def _rows_for(cfg) -> list[dict]:
     """Rows in the format a config's map_fn reads."""
     rows = build_identity_rows("Nova", "Ada", 12, languages=["en"])
     pairs = [[message["content"] for message in row["messages"]] for row in rows]
-    map_fn = cfg.train_dataloader.dataset.get("map_fn", "pretrain")
+    is_text = first_set(cfg).type.__name__ == "TextDataset"
+    map_fn = first_set(cfg).get("map_fn", "pretrain" if is_text else "auto")
     if map_fn == "alpaca":
         return [{"instruction": question, "output": answer} for question, answer in pairs]
     if map_fn == "pretrain":

@@ -31,6 +31,15 @@ def test_a_plain_sample_is_one_segment_without_a_name():
     assert not has_tokens((1, 2))
 
 
+def test_the_source_in_a_mixture():
+    mixed = {**SAMPLE, "sources": [1, 1], "source_names": ["own", "general"]}
+    assert [segment.title for segment in segments_of(mixed)] == [
+        "general: folder/a.json:1",
+        "general: folder/a.json:12",
+    ]
+    assert segments_of(SAMPLE)[0].title == "folder/a.json:1"
+
+
 def test_segments_that_do_not_add_up_are_refused():
     with pytest.raises(ValueError, match=r"sample 3 has 5 tokens, 5 labels and segments of \[3\]"):
         segments_of({**SAMPLE, "lengths": [3]}, 3)

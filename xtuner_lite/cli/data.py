@@ -129,13 +129,13 @@ def _at_step(args: argparse.Namespace) -> int:
     from xtuner_lite.data.segments import has_tokens, segments_of
 
     loader, tokenizer = prepared
-    epoch, indices = loader.plan.samples_of_step(args.step - 1)
+    samples = loader.samples_of_step(args.step - 1)
+    epoch = (args.step - 1) // len(loader)
     print(
         f"step {args.step:,}: epoch {epoch + 1}, step {(args.step - 1) % len(loader) + 1:,} of "
-        f"{len(loader):,} in it; {len(indices)} sample(s)"
+        f"{len(loader):,} in it; {len(samples)} sample(s)"
     )
-    for index in map(int, indices):
-        sample = loader.dataset[index]
+    for index, sample in samples:
         if not has_tokens(sample):
             print(f"  sample {index}: rows {', '.join(map(str, sample.get('row_ids', [])))}")
             continue
@@ -146,7 +146,7 @@ def _at_step(args: argparse.Namespace) -> int:
             continue
         for segment in segments:
             print(
-                f"    {segment.row_id}  {len(segment):,} tokens, "
+                f"    {segment.title}  {len(segment):,} tokens, "
                 f"{int(segment.learnt.sum()):,} learnt"
             )
     return 0

@@ -54,7 +54,7 @@ def render_preview(
         if left <= 0:
             break
         rule = (
-            f"--- segment {segment.number + 1}/{len(segments)}: {show_unseen(segment.row_id)}, "
+            f"--- segment {segment.number + 1}/{len(segments)}: {show_unseen(segment.title)}, "
             f"{len(segment)} tokens, {int(segment.learnt.sum())} learnt ---"
         )
         lines.append(f"{_RULE}{rule}{_RESET}" if color else rule)

@@ -81,7 +81,7 @@ def _sample(label: str, segments: list[Segment], pieces: _Pieces, number: int) -
 def _heading(segment: Segment) -> str:
     learnt = int(segment.learnt.sum())
     return (
-        f"{show_unseen(segment.row_id)}: {len(segment):,} tokens, {learnt:,} learnt "
+        f"{show_unseen(segment.title)}: {len(segment):,} tokens, {learnt:,} learnt "
         f"({learnt / max(len(segment), 1):.0%})"
     )
 
@@ -100,7 +100,7 @@ def _stripes(segment: Segment) -> str:
 def _segment(segment: Segment, pieces: _Pieces, sample: int, count: int) -> str:
     head = (
         f"<header><span class=part>{segment.number + 1}/{count}</span> "
-        f"<code>{escape(show_unseen(segment.row_id))}</code> <span class=counts>{len(segment):,} "
+        f"<code>{escape(show_unseen(segment.title))}</code> <span class=counts>{len(segment):,} "
         f"tokens, {int(segment.learnt.sum()):,} learnt</span></header>"
     )
     weights, learnt = segment.target_weights, segment.learnt

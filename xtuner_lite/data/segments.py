@@ -27,6 +27,13 @@ class Segment:
     """int [T], IGNORE_INDEX where nothing is learnt."""
     weights: np.ndarray | None = None
     """float32 [T]; None: all 1."""
+    source: str | None = None
+    """Its data set in a mixture."""
+
+    @property
+    def title(self) -> str:
+        """Its row, and its data set in a mixture."""
+        return self.row_id if self.source is None else f"{self.source}: {self.row_id}"
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -69,6 +76,7 @@ def segments_of(sample: dict[str, Any], index: int = 0) -> list[Segment]:
     weights = sample.get("loss_weights")
     row_ids = list(sample.get("row_ids") or [])
     row_ids += ["?"] * (len(lengths) - len(row_ids))
+    sources = [sample["source_names"][source] for source in sample.get("sources", ())]
     segments, start = [], 0
     for number, length in enumerate(lengths):
         part = slice(start, start + length)
@@ -80,6 +88,7 @@ def segments_of(sample: dict[str, Any], index: int = 0) -> list[Segment]:
                 input_ids[part],
                 labels[part],
                 None if weights is None else np.asarray(weights)[part],
+                sources[number] if sources else None,
             )
         )
         start += length

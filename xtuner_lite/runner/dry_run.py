@@ -45,7 +45,10 @@ def describe_run_size(cfg: Config, loader: StepDataLoader) -> str:
     train_cfg = cfg.get("train_cfg") or {}
     max_iters = train_cfg.get("max_iters") or math.ceil(train_cfg.get("max_epochs", 1) * steps)
     lengths = getattr(loader.dataset, "lengths", None)
-    tokens = "" if lengths is None else f", {int(np.sum(lengths)):,} tokens an epoch"
+    tokens = ""
+    if lengths is not None:  # by the order: an epoch of a mixture repeats some samples
+        num_tokens = int(np.asarray(lengths)[loader.sampler.order(0)].sum())
+        tokens = f", {num_tokens:,} tokens an epoch"
     return (
         f"{plan.sampler.num_samples:,} samples{tokens}\n"
         f"{plan.group_size} samples in an optimizer step (batch_size {plan.batch_size} x "
