@@ -48,6 +48,8 @@ class Batch(TypedDict, total=False):
     loss_weights: Tensor  # float32 [B, T], optional; absent means 1 for every label
     num_tokens: int  # tokens that are not padding
     row_ids: list[list[str]]  # B lists: the source rows of each sample, 'file:line'
+    segment_sources: Tensor  # int64 [S], in mixtures: index into source_names; -1 for padding
+    source_names: list[str]  # in mixtures: the data sets it is made of
 
 
 @dataclass
@@ -63,5 +65,7 @@ class LossOutput:
     num_units: float
     """Units summed over: target tokens for SFT, pairs for DPO. 0 is allowed."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """name -> sum over the units (logged divided by num_units), or (sum, count) for another divisor.
-    Detached scalars."""
+    """name -> sum over the units (logged divided by num_units), or (sum, count) for another
+    divisor. Detached scalars. A step whose count is 0 does not log the name. 'loss/<source>' is the
+    loss of one data set of a mixture; its count is logged as 'units/<source>'. Every rank gives the
+    same names."""

@@ -2,7 +2,9 @@
 
 import pytest
 
+from tests.config.pages import write_page
 from tests.tiny import tiny_tokenizer
+from xtuner_lite.config import check_config, load_config
 from xtuner_lite.data.contract import DataContract, DataContractError
 from xtuner_lite.data.dataset import ChatDataset, TextDataset
 from xtuner_lite.data.ledger import Ledger
@@ -121,3 +123,24 @@ def test_tools_are_counted():
     assert "not written by the template!" in dataset.ledger.report()
     written = ChatDataset(rows, tokenizer=tiny_tokenizer(), template="chatml")
     assert (written.ledger.rows_with_tools, written.ledger.rows_tools_unwritten) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("contract", "message"),
+    [
+        ("dict(max_skipped=0.01, require_eos=True)", None),
+        ("dict(max_skiped=0.01)", "no option 'max_skiped'; did you mean 'max_skipped'"),
+        ("dict(require_eos='yes')", "got 'yes' .str.; allowed: bool"),
+    ],
+)
+def test_a_wrong_contract_is_told_before_anything_is_loaded(tmp_path, contract, message):
+    new = f"max_length=max_length,\n        data_contract={contract},"
+    page = write_page(tmp_path, ("max_length=max_length,", new))
+    problems = [str(problem) for problem in check_config(load_config(page))]
+    assert len(problems) == (message is not None)
+    for problem in problems:
+        pytest.raises(ValueError, _raise, problem).match(message)
+
+
+def _raise(text):
+    raise ValueError(text)

@@ -46,6 +46,12 @@ SECTIONS: dict[tuple[str, ...], str] = {
     ("compile",): "xtuner_lite.runner.environment:compile_layers",
 }
 
+#: Last key of a path -> callable that a dict without a type is bound to, wherever it stands.
+SECTION_OF_KEY: dict[str, str] = {
+    "data_contract": "xtuner_lite.data.contract:DataContract",
+    "datasets": "xtuner_lite.data.mixture:MixtureSource",  # the entries of the list
+}
+
 #: Sections whose keys no signature lists.
 KEYS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("optim_wrapper", "clip_grad"): ("max_norm", "norm_type"),
@@ -100,7 +106,7 @@ _FROM_LOOP = ("runner", "dataloader", "evaluator")
 INJECTED: dict[str, tuple[str, ...]] = {
     "models": ("tokenizer",),
     "datasets": ("tokenizer",),
-    "samplers": ("num_samples", "shuffle", "seed", "dataset", "world_size", "rank"),
+    "samplers": ("num_samples", "shuffle", "seed", "dataset", "group_size", "world_size", "rank"),
     "collators": ("pad_token_id",),
     "optimizers": ("params",),
     "param_schedulers": ("optimizer", "epoch_length", "max_iters"),
@@ -157,7 +163,8 @@ def registry_of(path: KeyPath) -> Registry | None:
 
 def section_of(path: KeyPath) -> str | None:
     """'module:name' of the callable that an untyped dict at ``path`` is bound to."""
-    return SECTIONS.get(path)
+    names = [part for part in path if isinstance(part, str)]
+    return SECTIONS.get(path) or (SECTION_OF_KEY.get(names[-1]) if names else None)
 
 
 def keys_of(path: KeyPath) -> tuple[str, ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from xtuner_lite.data.collate import SampleError
+from xtuner_lite.data.fingerprint import array_digest
 from xtuner_lite.data.sampler import (
     EpochSampler,
     MicroBatchStream,
@@ -123,6 +124,11 @@ class StepDataLoader:
     def __len__(self) -> int:
         """Optimizer steps in one epoch."""
         return self.plan.steps_per_epoch
+
+    @cached_property
+    def order_digest(self) -> str:
+        """Equal where sampler and seed give the same order of samples."""
+        return array_digest(self.plan.sampler.order(0))
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self.steps(0, len(self))

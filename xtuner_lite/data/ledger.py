@@ -145,7 +145,8 @@ class Ledger:
     @property
     def fill(self) -> float | None:
         """Share of the packed length that holds tokens; None when not packed."""
-        return self.tokens / self.capacity if self.capacity else None
+        packed = [part for part in self.parts if part.capacity] or [self]
+        return sum(part.tokens for part in packed) / self.capacity if self.capacity else None
 
     def check(self) -> None:
         """Raises AssertionError if the sums do not agree: a bug of ours, never the data's."""

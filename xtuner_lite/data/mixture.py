@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -139,9 +139,13 @@ class MixtureDataset(Dataset):
             self._offsets[source] + self._draw(source, epoch, seed, shuffle)
             for source in range(len(self.datasets))
         ]
-        order = np.concatenate(drawn)
-        if shuffle:
-            order = order[_rng(seed, epoch, _MIX).permutation(len(order))]
+        if not shuffle:
+            return np.concatenate(drawn)
+        source_of = np.repeat(np.arange(len(drawn)), self._counts)  # [samples_per_epoch]
+        source_of = _rng(seed, epoch, _MIX).permutation(source_of)
+        order = np.empty(len(source_of), dtype=np.int64)
+        for source, indices in enumerate(drawn):
+            order[source_of == source] = indices
         return order
 
     def _draw(self, source: int, epoch: int, seed: int, shuffle: bool) -> np.ndarray:
@@ -183,13 +187,14 @@ class MixtureDataset(Dataset):
             ledger = getattr(dataset, "ledger", None)
             if isinstance(ledger, Ledger):
                 total.add(ledger)
-                total.parts.append(ledger)
+                total.parts.append(replace(ledger, name=title))
                 total.num_samples += ledger.num_samples
                 total.capacity += ledger.capacity
             else:
                 total.notes.append(f"{title} keeps no ledger; it is not in the sum")
             count, size = int(self._counts[source]), int(self._used[source])
-            capped = f" (capped from {self._sizes[source]:,})" * (size < self._sizes[source])
+            whole = int(self._sizes[source])
+            capped = f" (capped from {whole:,})" if size < whole else ""
             total.notes.append(
                 f"{title}: {count:,} of the {self.samples_per_epoch:,} samples of an epoch "
                 f"({count / self.samples_per_epoch:.1%}), {count / size:.2f} passes over its "

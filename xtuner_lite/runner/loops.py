@@ -188,7 +188,11 @@ class _StepTotals:
             "num_tokens": sum_over_ranks(self.num_tokens),
         }
         for name, (total, count) in self.metrics.items():
-            outputs[name] = sum_over_ranks(float(total)) / max(sum_over_ranks(float(count)), 1e-9)
+            total, count = sum_over_ranks(float(total)), sum_over_ranks(float(count))
+            if count > 0:  # else the step says nothing about it, as of a source it has no token of
+                outputs[name] = total / count
+                if name.startswith("loss/"):
+                    outputs["units/" + name.removeprefix("loss/")] = count
         return outputs
 
 

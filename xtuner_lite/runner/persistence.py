@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xtuner_lite.data.fingerprint import dataset_fingerprint
+from xtuner_lite.data.ledger import Ledger
 from xtuner_lite.engine.checkpoint import TRAINER_DIR, CheckpointError
 from xtuner_lite.engine.distributed import load_random_state, random_state
 from xtuner_lite.engine.state_io import load_state, save_state
 from xtuner_lite.version import __version__
 
 if TYPE_CHECKING:
-    from xtuner_lite.data.dataloader import StepDataLoader
     from xtuner_lite.runner.runner import Runner
 
 # What must be equal for a resume to be exact, with what to do where it is not.
@@ -25,6 +24,7 @@ _MUST_MATCH = {
     "group_size": "samples per optimizer step (batch_size x accumulative_counts x ranks)",
     "num_samples": "samples in the training data",
     "data_fingerprint": "the training data itself",
+    "data_order": "the order of the samples (sampler, seed)",
     "method": "the training method",
     "compute_dtype": "compute dtype (optim_wrapper.dtype)",
 }
@@ -46,6 +46,9 @@ def write_run(runner: Runner, folder: Path) -> None:
     save_state(meta, trainer, "meta")
     save_state(exact_weights(runner.model, weights), trainer, "weights")
     save_state(runner.strategy.state_dict(), trainer, "optimizer")
+    ledger = getattr(runner.train_dataloader.dataset, "ledger", None)
+    if isinstance(ledger, Ledger):
+        save_state(ledger.to_dict(), trainer, "ledger")
     save_state(
         {
             "random": random_state(),
@@ -79,7 +82,8 @@ def describe_run(runner: Runner) -> dict[str, Any]:
         "compute_dtype": str(runner.strategy.precision.dtype).removeprefix("torch."),
         "group_size": plan.group_size,
         "num_samples": plan.sampler.num_samples,
-        "data_fingerprint": data_fingerprint(runner.train_dataloader),
+        "data_fingerprint": dataset_fingerprint(runner.train_dataloader.dataset),
+        "data_order": runner.train_dataloader.order_digest,
         "method": type(runner.model).__name__,
     }
 
@@ -156,17 +160,6 @@ def load_exact_weights(model: nn.Module, state_dict: dict[str, Tensor], path: Pa
                 "settings of the saved run."
             )
         target.copy_(value)
-
-
-def data_fingerprint(dataloader: StepDataLoader) -> str:
-    """Digest of the training data: the data set's ``fingerprint``, else its samples' lengths."""
-    own = getattr(dataloader.dataset, "fingerprint", None)
-    if own is not None:
-        return str(own() if callable(own) else own)
-    lengths = getattr(dataloader.dataset, "lengths", None)
-    if lengths is None:
-        return f"{len(dataloader.dataset)} samples"
-    return hashlib.sha256(np.asarray(lengths, dtype=np.int64).tobytes()).hexdigest()[:32]
 
 
 def _check_same_run(now: dict[str, Any], saved: dict[str, Any], path: Path) -> None:

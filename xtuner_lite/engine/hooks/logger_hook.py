@@ -20,6 +20,7 @@ from xtuner_lite.engine.hooks.metrics_log import METRICS_FILE, MetricsLog
 from xtuner_lite.registry import HOOKS
 
 _SUMMED = ("num_tokens", "num_units", "step_time_s", "data_time_s")
+_UNITS = "units/"  # of a source of a mixture: the supervised tokens of its loss/<source>
 #: Values a line derives from the sums, or that are the newest rather than a mean.
 _DERIVED = ("tokens_per_s", "units_per_s", "data_share", "peak_memory_bytes", "updated")
 
@@ -39,8 +40,9 @@ class LoggerHook(Hook):
     The loss of a line is exact: the sum of the loss over all units (target tokens) of the steps
     since the line before, over the number of these units. It is no mean of means and is not
     smoothed. Steps whose loss is not finite are left out of it and counted. Other metrics are
-    weighted by the same units, ``grad_norm`` (before clipping) is a plain mean over the steps,
-    ``lr`` is that of the line's last step. Speeds are sums over the interval too.
+    weighted by the same units, the loss of a mixture's source (``loss/<name>``) by its own;
+    ``grad_norm`` (before clipping) is a plain mean over the steps, ``lr`` is that of the line's
+    last step. Speeds are sums over the interval too.
 
     Args:
         interval: optimizer steps between two lines. The first and the last step get one as well.
@@ -154,7 +156,9 @@ class LoggerHook(Hook):
             record["eta_s"] = per_step_s * (runner.max_iters - self._steps_done)
         known = {"step", "epoch", "loss", "grad_norm", "num_nonfinite_steps", "eta_s"}
         known.update(self._lr, _SUMMED, _DERIVED)
-        record["extra"] = {k: v for k, v in record.items() if k not in known}
+        record["extra"] = {
+            k: v for k, v in record.items() if k not in known and not k.startswith(_UNITS)
+        }
         if hasattr(runner.model, "unit_name"):  # e.g. "supervised tokens"
             record["unit_name"] = runner.model.unit_name
         line = train_line(record, max_iters=runner.max_iters, max_epochs=runner.max_epochs)
@@ -220,12 +224,13 @@ class IntervalMeans:
         for name, value in outputs.items():
             if not _is_number(value):
                 continue
-            if name in _SUMMED:
+            if name in _SUMMED or name.startswith(_UNITS):
                 self._sums[name] = self._sums.get(name, 0) + value
             elif name in _DERIVED:
                 self._newest[name] = value
             else:
-                weight = 1.0 if name == "grad_norm" else outputs["num_units"]
+                source = _UNITS + name.removeprefix("loss/")
+                weight = 1.0 if name == "grad_norm" else outputs.get(source, outputs["num_units"])
                 total, weights = self._weighted.get(name, (0.0, 0.0))
                 if math.isfinite(value):
                     total, weights = total + weight * value, weights + weight
