@@ -410,3 +410,14 @@ def test_repeat_dataset_is_a_mixture_of_one():
     assert isinstance(mixed, MixtureDataset)
     assert counts(epoch(mixed, 0)) == {"a": 10}
     assert MixtureSource(Numbers("a", 1)).weight is None
+
+
+def test_workers_change_nothing_in_a_mixture():
+    def read(num_workers):
+        mixed = mixture(("a", 6, dict(weight=3)), ("b", 6, dict(weight=1)))
+        tokenizer = type("T", (), dict(pad_token_id=0))
+        loader = build_dataloader(mixed, 2, num_workers=num_workers, tokenizer=tokenizer, seed=1)
+        batches = [batch for step in loader.steps(4, 9) for batch in step]
+        return [(b["row_ids"], b["segment_sources"].tolist(), b["source_names"]) for b in batches]
+
+    assert read(2) == read(0)

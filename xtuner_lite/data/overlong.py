@@ -16,6 +16,7 @@ piece otherwise than it wrote the whole, the row is split into windows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -129,39 +130,56 @@ class _ExchangeSplitter:
                 return pieces
             at = next(i for i in taught if i > end)
 
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Tokens of each exchange behind the head, alone."""
+        alone = [(self._chosen(i, i, i), self.tools) for i in range(len(self.borders))]
+        encoded = self.template.encode_batch(alone, train_thinking=self.train_thinking)
+        return [len(one) for one in encoded]
+
+    @cached_property
+    def _added(self) -> list[int]:
+        """Tokens that each exchange adds to others; an estimate, as tokens may join at borders."""
+        head = self._sizes[0] + self._sizes[1] - len(self._encode(0, 0, 1))
+        return [max(size - head, 1) for size in self._sizes]
+
     def _piece(self, at: int, last: int) -> tuple[int, list[Encoded]]:
         """(last exchange taken, its tokens), from exchange ``at`` on."""
-        bare = piece = self._encode(at, at, at)
-        quarter = self.limit // CONTEXT_DIVISOR
-        if len(bare) > self.limit:
+        quarter, room = self.limit // CONTEXT_DIVISOR, self.limit - self._sizes[at]
+        if room < 0:
             bos = self.template.tokenizer.bos_token_id
-            return at, split_tokens(bare, self.limit, context=quarter, bos_token_id=bos)
-        start = end = at
-        while start > 0:
-            longer = self._encode(start - 1, at, end)
-            if len(longer) > min(self.limit, len(bare) + quarter):
-                break
-            start, piece = start - 1, longer
-        while end < last:
-            longer = self._encode(start, at, end + 1)
-            if len(longer) > self.limit:
-                break
-            end, piece = end + 1, longer
-        while end == last and start > 0:  # nothing follows: what room is left goes to context
-            longer = self._encode(start - 1, at, end)
-            if len(longer) > self.limit:
-                break
-            start, piece = start - 1, longer
+            alone = self._encode(at, at, at)
+            return at, split_tokens(alone, self.limit, context=quarter, bos_token_id=bos)
+        added, start, end = self._added, at, at
+        left = min(room, quarter)
+        while start > 0 and added[start - 1] <= left:
+            start -= 1
+            left -= added[start]
+        left = room - sum(added[start:at])
+        while end < last and added[end + 1] <= left:
+            end += 1
+            left -= added[end]
+        while end == last and start > 0 and added[start - 1] <= left:  # nothing follows
+            start -= 1
+            left -= added[start]
+        piece = self._encode(start, at, end)
+        while len(piece) > self.limit:  # the estimate was short
+            start, end = (start + 1, end) if start < at else (start, end - 1)
+            piece = self._encode(start, at, end)
         return end, [piece]
 
     def _encode(self, start: int, at: int, end: int) -> Encoded:
+        chosen = self._chosen(start, at, end)
+        return self.template.encode(chosen, self.tools, train_thinking=self.train_thinking)
+
+    def _chosen(self, start: int, at: int, end: int) -> list[Message]:
         """Exchanges start .. end behind the head; those before ``at`` are not learnt."""
         first, taught_from, stop = self.borders[start][0], self.borders[at][0], self.borders[end][1]
         chosen: list[Message] = [{**m, "loss": False} for m in self.messages[: self.num_head]]
         for index in range(first, stop):
             weight = self.weights[index] if index >= taught_from else False
             chosen.append({**self.messages[index], "loss": weight})
-        return self.template.encode(chosen, self.tools, train_thinking=self.train_thinking)
+        return chosen
 
 
 def _exchanges(messages: Sequence[Message]) -> tuple[int, list[tuple[int, int]]]:
