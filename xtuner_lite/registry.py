@@ -23,6 +23,8 @@ DATASETS = Registry(
 MAP_FNS = Registry("map function", "map_fns")
 #: Named chat-template presets.
 TEMPLATES = Registry("template", "templates")
+#: Named system prompts.
+SYSTEM_PROMPTS = Registry("system prompt", "system_prompts")
 #: List of samples -> Batch.
 COLLATORS = Registry("collator", "collators")
 #: Order of samples.
@@ -69,8 +71,8 @@ VISBACKENDS = Registry(
 REGISTRIES: dict[str, Registry] = {
     registry.plural: registry
     for registry in (
-        MODELS, DATASETS, MAP_FNS, TEMPLATES, COLLATORS, SAMPLERS, HOOKS, LOOPS, RUNNERS,
-        STRATEGIES, OPTIMIZERS, PARAM_SCHEDULERS, METRICS, VISBACKENDS,
+        MODELS, DATASETS, MAP_FNS, TEMPLATES, SYSTEM_PROMPTS, COLLATORS, SAMPLERS, HOOKS, LOOPS,
+        RUNNERS, STRATEGIES, OPTIMIZERS, PARAM_SCHEDULERS, METRICS, VISBACKENDS,
     )
 }  # fmt: skip
 

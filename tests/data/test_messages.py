@@ -90,3 +90,36 @@ def test_rows_that_teach_nothing_are_unusable_not_bad():
     with pytest.raises(UnusableRow, match=r"an assistant message is empty \(message 1\)"):
         check_messages([USER, empty])
     assert check_messages([USER, {**empty, "loss": False}])  # it is not learnt: no harm
+
+
+def test_image_parts_where_they_are_allowed():
+    parts = [
+        {"type": "image_url", "image_url": {"url": "http://x/a.jpg"}},
+        "What ",
+        {"type": "text", "text": "is it?"},
+        {"type": "image", "path": "b.jpg"},
+    ]
+    (message,) = check_messages([{"role": "user", "content": parts}], images=True)
+    assert message["content"] == [
+        {"type": "image", "image": "http://x/a.jpg"},
+        {"type": "text", "text": "What "},
+        {"type": "text", "text": "is it?"},
+        {"type": "image", "image": "b.jpg"},
+    ]
+    texts = [{"type": "text", "text": "a"}]
+    assert check_messages([{"role": "user", "content": texts}], images=True)[0]["content"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "user", "content": [{"type": "image"}]}, "names no image; allowed"),
+        ({"role": "user", "content": [{"type": "image", "image": 5}]}, "names no image"),
+        ({"role": "assistant", "content": [{"type": "image", "image": "a"}]}, "it writes text"),
+        ({"role": "user", "content": [{"type": "image", "image": "\ud800"}]}, "lone surrogate"),
+        ({"role": "user", "content": [{"type": "image", "image": "a"}, 5]}, "part 5 is not text"),
+    ],
+)
+def test_bad_image_parts(message, reason):
+    with pytest.raises(BadRow, match=reason):
+        check_messages([message], images=True)

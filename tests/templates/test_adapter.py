@@ -174,8 +174,9 @@ def test_thinking_that_the_template_drops():
 def test_thinking_whose_place_cannot_be_told():
     template = ChatTemplate(
         tiny_tokenizer(
-            "{% for m in messages %}{{ m.role }}:{{ m.reasoning_content | length }}"
-            "{{ m.reasoning_content | reverse }}{{ m.content }}<|im_end|>{% endfor %}"
+            "{% for m in messages %}{{ m.role }}:{% if m.reasoning_content %}"
+            "{{ m.reasoning_content | length }}{{ m.reasoning_content }}{% endif %}"
+            "{{ m.content }}<|im_end|>{% endfor %}"
             "{% if add_generation_prompt %}assistant:{% endif %}"
         )
     )

@@ -25,10 +25,16 @@ class UnusableRow(ValueError):
         self.reason = reason
 
 
-def check_messages(messages: Any) -> list[Message]:
+def check_messages(messages: Any, *, images: bool = False) -> list[Message]:
     """Checks one conversation and returns it with its contents as plain strings.
 
     Roles need not alternate: that is the template's to allow or refuse.
+
+    Args:
+        messages: what a map function returned.
+        images: allow image parts. A content that holds one comes back as a list of parts,
+            {"type": "text", "text": str} or {"type": "image", "image": path, URL or image}; the
+            other spellings of the field (image_url, url, path) are taken too.
 
     Raises:
         BadRow: not a list of messages; wrong types, unknown role, text that is not valid Unicode.
@@ -40,10 +46,10 @@ def check_messages(messages: Any) -> list[Message]:
         )
     if not messages:
         raise UnusableRow("the conversation is empty")
-    return [_check_message(message, index) for index, message in enumerate(messages)]
+    return [_check_message(message, index, images) for index, message in enumerate(messages)]
 
 
-def _check_message(message: Any, index: int) -> Message:
+def _check_message(message: Any, index: int, images: bool) -> Message:
     if not isinstance(message, dict):
         raise BadRow(f"message {index} is {_shown(message)}, not an object with role and content")
     role = message.get("role")
@@ -51,7 +57,11 @@ def _check_message(message: Any, index: int) -> Message:
         raise BadRow(f"message {index}: role is {_shown(role)}; allowed: {', '.join(ROLES)}")
     calls = message.get("tool_calls") or None
     content = message.get("content")
-    if type(content) is not str or not content.isascii():
+    if images and isinstance(content, list) and any(map(_is_image, content)):
+        if role == "assistant":
+            raise BadRow(f"message {index}: an assistant message holds an image; it writes text")
+        content = [_check_part(part, index) for part in content]
+    elif type(content) is not str or not content.isascii():
         content = _text_of(content, index, allow_none=calls is not None)
     if role == "assistant":
         if calls is not None:
@@ -96,6 +106,30 @@ def _part_text(part: Any, index: int) -> str:
     if not isinstance(text, str):
         raise BadRow(f"message {index}: a text part's text is {_shown(text)}, not a string")
     return text
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("image", "image_url")
+
+
+def _check_part(part: Any, index: int) -> dict[str, Any]:
+    """A text or image part in the one form that data sets of images read."""
+    if not _is_image(part):
+        text = _part_text(part, index)
+        check_text(text, f"message {index}: content")
+        return {"type": "text", "text": text}
+    keys = ("image", "image_url", "url", "path")
+    image = next((part[key] for key in keys if part.get(key) is not None), None)
+    if isinstance(image, dict):  # OpenAI's {"image_url": {"url": ...}}
+        image = image.get("url")
+    if image is None or image == "" or isinstance(image, (bool, int, float, list)):
+        raise BadRow(
+            f"message {index}: image part {_shown(part)} names no image; allowed: "
+            '{"type": "image", "image": path}'
+        )
+    if isinstance(image, str):
+        check_text(image, f"message {index}: image")
+    return {"type": "image", "image": image}
 
 
 def check_text(text: str, what: str) -> None:

@@ -174,6 +174,10 @@ def lay_out(
         if not train_thinking and messages[index].get("reasoning_content"):
             thought = thought_of(renderer, messages[: index + 1], tools, whole)
             pieces = [(start, min(thought[0], end)), (max(thought[1], start), end)]
+            if not whole[
+                slice(*pieces[0])
+            ].strip():  # the space is part of the thought's first word
+                del pieces[0]
         spans += [Span(*piece, weight) for piece in pieces if piece[1] > piece[0]]
     return Layout(whole, tuple(spans), ends_learnt and bool(spans))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from xtuner_lite.data.map_fns.columns import keys_of
+from xtuner_lite.data.map_fns.llava import with_images
 from xtuner_lite.data.messages import BadRow
 from xtuner_lite.registry import MAP_FNS
 
@@ -12,6 +14,9 @@ from xtuner_lite.registry import MAP_FNS
 def openai_map_fn(row: dict[str, Any]) -> dict[str, Any]:
     """OpenAI chat rows: messages of role and content, tools, weight 0 on turns not to learn.
 
+    With a list of images, each <image> in the text is one of them; that needs a vision-language
+    data set.
+
     Example row::
 
         {"messages": [{"role": "user", "content": "Hi"},
@@ -19,8 +24,11 @@ def openai_map_fn(row: dict[str, Any]) -> dict[str, Any]:
     """
     messages = row.get("messages")
     if not isinstance(messages, list):
-        raise BadRow(f"no list under 'messages'; keys found: {', '.join(map(str, row)) or 'none'}")
-    return {"messages": [_message(message) for message in messages], "tools": row.get("tools")}
+        raise BadRow(f"no list under 'messages'; keys found: {keys_of(row)}")
+    messages = [_message(message) for message in messages]
+    if row.get("images"):
+        messages = with_images(messages, list(row["images"]))
+    return {"messages": messages, "tools": row.get("tools")}
 
 
 def _message(message: Any) -> Any:

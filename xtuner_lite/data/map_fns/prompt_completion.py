@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from xtuner_lite.data.map_fns.columns import keys_of
 from xtuner_lite.data.messages import BadRow
 from xtuner_lite.registry import MAP_FNS
 
@@ -29,4 +30,4 @@ def _messages(row: dict[str, Any], key: str, role: str) -> list[Any]:
     if isinstance(value, list):
         return list(value)
     found = f"is {value!r:.60}, not text or messages" if key in row else "is missing"
-    raise BadRow(f"{key!r} {found}; keys found: {', '.join(map(str, row)) or 'none'}")
+    raise BadRow(f"{key!r} {found}; keys found: {keys_of(row)}")

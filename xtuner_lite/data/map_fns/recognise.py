@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 #: Rows looked at before a format is chosen.
 NUM_LOOKED_AT = 200
@@ -15,54 +15,101 @@ NUM_LOOKED_AT = 200
 class Format:
     """How one source format is recognised."""
 
-    map_fn: str | None
-    """Registered map function; None: known, but not a data set for fine-tuning on answers."""
+    map_fn: str
+    """Registered map function."""
     signs: str
     """What a row must have, in words."""
     matches: Callable[[dict[str, Any]], bool]
-    hint: str = ""
+    warning: str = ""
+    """What to know before training on it; logged as a warning."""
 
 
-def _list_with(row: dict[str, Any], key: str, inner: str) -> bool:
-    items = row.get(key)
-    return isinstance(items, list) and any(isinstance(i, dict) and inner in i for i in items)
+class Recognised(NamedTuple):
+    """The map function for a data set, why, and what to be warned of ('' for nothing)."""
+
+    map_fn: str
+    why: str
+    warning: str
+
+
+def _has(*keys: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda row: all(key in row for key in keys)
+
+
+def _list_with(key: str, inner: str) -> Callable[[dict[str, Any]], bool]:
+    def matches(row: dict[str, Any]) -> bool:
+        items = row.get(key)
+        return isinstance(items, list) and any(isinstance(i, dict) and inner in i for i in items)
+
+    return matches
+
+
+def _has_label(row: dict[str, Any]) -> bool:
+    label = row.get("label", row.get("kto_tag"))
+    judged = ("messages", "conversations", "completion")
+    return isinstance(label, bool) and any(key in row for key in judged)
+
+
+def _is_llava(row: dict[str, Any]) -> bool:
+    return ("image" in row or "images" in row) and _list_with("conversations", "from")(row)
+
+
+def _is_oasst1(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("text"), str) and row["text"].lstrip().startswith("### Human:")
+
+
+def _is_question_answer(row: dict[str, Any]) -> bool:
+    """A context beside them belongs to the question: such rows are for a function that says how."""
+    pairs = (("question", "answer"), ("question", "response"), ("prompt", "response"))
+    return "context" not in row and any(_has(*pair)(row) for pair in pairs)
 
 
 #: Tried in order; the first that matches a row is its format.
 FORMATS: dict[str, Format] = {
     "preference pairs": Format(
-        None,
+        "chosen",
         "'chosen' and 'rejected'",
-        lambda row: "chosen" in row and "rejected" in row,
-        "they are for preference training (DPO), not for ChatDataset",
+        _has("chosen", "rejected"),
+        "plain fine-tuning learns the CHOSEN answers and never sees the rejected ones; comparing "
+        "them is preference training (map_fn='preference')",
     ),
     "unpaired labels": Format(
-        None,
-        "'messages' or 'completion' with a true/false 'label'",
-        lambda row: (
-            isinstance(row.get("label"), bool) and ("messages" in row or "completion" in row)
-        ),
-        "they are for training on labels (KTO); some answers are marked as bad",
+        "desirable",
+        "'messages', 'conversations' or 'completion' with a true/false 'label'",
+        _has_label,
+        "plain fine-tuning learns the answers labelled TRUE and SKIPS the rows labelled false (the "
+        "ledger counts them); learning from both is training on labels (map_fn='unpaired')",
     ),
-    "openai": Format(
-        "openai", "'messages' with 'role' in them", lambda row: _list_with(row, "messages", "role")
+    "moss": Format(
+        "moss",
+        "'chat' with 'turn_1' in it",
+        lambda row: isinstance(row.get("chat"), dict) and "turn_1" in row["chat"],
     ),
+    "llava": Format("llava", "'conversations' with 'from' in them and 'image'", _is_llava),
+    "openai": Format("openai", "'messages' with 'role' in them", _list_with("messages", "role")),
     "sharegpt": Format(
-        "sharegpt",
-        "'conversations' with 'from' in them",
-        lambda row: _list_with(row, "conversations", "from"),
+        "sharegpt", "'conversations' with 'from' in them", _list_with("conversations", "from")
     ),
-    "alpaca": Format(
-        "alpaca",
-        "'instruction' and 'output'",
-        lambda row: "instruction" in row and "output" in row,
+    "alpaca": Format("alpaca", "'instruction' and 'output'", _has("instruction", "output")),
+    "alpaca_zh": Format(
+        "alpaca_zh", "'instruction_zh' and 'output_zh'", _has("instruction_zh", "output_zh")
+    ),
+    "openorca": Format(
+        "openorca",
+        "'system_prompt', 'question' and 'response'",
+        _has("system_prompt", "question", "response"),
     ),
     "prompt_completion": Format(
-        "prompt_completion",
-        "'prompt' and 'completion'",
-        lambda row: "prompt" in row and "completion" in row,
+        "prompt_completion", "'prompt' and 'completion'", _has("prompt", "completion")
     ),
-    "pretrain": Format("pretrain", "'text'", lambda row: "text" in row),
+    "question_answer": Format(
+        "question_answer",
+        "'question' with 'answer' or 'response', or 'prompt' with 'response'",
+        _is_question_answer,
+    ),
+    "default": Format("default", "'input' and 'output'", _has("input", "output")),
+    "oasst1": Format("oasst1", "'text' that starts with '### Human:'", _is_oasst1),
+    "pretrain": Format("pretrain", "'text'", _has("text")),
 }
 
 
@@ -73,7 +120,7 @@ def format_of(row: Any) -> str | None:
     return next((name for name, format_ in FORMATS.items() if format_.matches(row)), None)
 
 
-def recognise(rows: Sequence[Any], source: str) -> tuple[str, str]:
+def recognise(rows: Sequence[Any], source: str) -> Recognised:
     """The map function for the first rows of a data set.
 
     Args:
@@ -81,10 +128,10 @@ def recognise(rows: Sequence[Any], source: str) -> tuple[str, str]:
         source: name of the data set, for the messages.
 
     Returns:
-        (map function, a sentence that says what was recognised and why).
+        the map function, a sentence that says what was recognised and why, and a warning.
 
     Raises:
-        ValueError: no known format, several formats, or one that is not for fine-tuning.
+        ValueError: no known format, or several formats.
     """
     found = Counter(format_of(row) for row in rows)
     unknown = found.pop(None, 0)
@@ -100,13 +147,14 @@ def recognise(rows: Sequence[Any], source: str) -> tuple[str, str]:
         )
     name, count = found.most_common(1)[0]
     format_ = FORMATS[name]
-    if format_.map_fn is None:
-        raise ValueError(
-            f"{source}: the rows are {name} (they have {format_.signs}): {format_.hint}. "
-            "Name the map function (map_fn=...) if you want to train on them all the same."
-        )
-    why = f"{source}: recognised as {name!r}: {count} of the first {len(rows)} rows have "
-    return format_.map_fn, why + format_.signs
+    why = (
+        f"{source}: recognised as {name!r}: {count} of the first {len(rows)} rows have "
+        f"{format_.signs}"
+    )
+    if format_.map_fn != name:
+        why += f"; read with map_fn={format_.map_fn!r}"
+    warning = f"{source}: the rows are {name}: {format_.warning}" if format_.warning else ""
+    return Recognised(format_.map_fn, why, warning)
 
 
 def _keys(rows: Sequence[Any]) -> str:
@@ -118,4 +166,4 @@ def _keys(rows: Sequence[Any]) -> str:
 
 
 def _known() -> str:
-    return "; ".join(f"{f.map_fn} ({f.signs})" for f in FORMATS.values() if f.map_fn)
+    return "; ".join(f"{f.map_fn} ({f.signs})" for f in FORMATS.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from xtuner_lite.data.map_fns.columns import keys_of
 from xtuner_lite.data.messages import BadRow, parse_json
 from xtuner_lite.registry import MAP_FNS
 
@@ -18,7 +19,7 @@ ROLE_OF = {
 }  # fmt: skip
 
 
-@MAP_FNS.register_module(name="sharegpt")
+@MAP_FNS.register_module(name=["sharegpt", "wizardlm"])
 def sharegpt_map_fn(row: dict[str, Any]) -> dict[str, Any]:
     """ShareGPT rows: turns of from and value; function_call, observation and tools included.
 
@@ -29,16 +30,15 @@ def sharegpt_map_fn(row: dict[str, Any]) -> dict[str, Any]:
     """
     turns = row.get("conversations")
     if not isinstance(turns, list):
-        raise BadRow(
-            f"no list under 'conversations'; keys found: {', '.join(map(str, row)) or 'none'}"
-        )
-    messages = [_message(turn, index) for index, turn in enumerate(turns)]
+        raise BadRow(f"no list under 'conversations'; keys found: {keys_of(row)}")
+    messages = [sharegpt_message(turn, index) for index, turn in enumerate(turns)]
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": row["system"]})
     return {"messages": messages, "tools": row.get("tools")}
 
 
-def _message(turn: Any, index: int) -> dict[str, Any]:
+def sharegpt_message(turn: Any, index: int) -> dict[str, Any]:
+    """One turn of from and value as a message. Raises BadRow."""
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
         raise BadRow(f"turn {index} has no 'from' and 'value': {turn!r:.60}")
     speaker = turn["from"]
