@@ -6,7 +6,7 @@ import types
 import pytest
 
 from tests.tiny import tiny_llama
-from xtuner_lite.models.hub import cache_dir, check_model_folder, resolve_model_path
+from xtuner_lite.models.hub import check_model_folder, resolve_model_path
 
 
 @pytest.fixture
@@ -87,14 +87,3 @@ def test_modelscope(monkeypatch, offline):
 def test_an_unknown_hub(offline):
     with pytest.raises(ValueError, match="hub is 'hf'; allowed: 'huggingface', 'modelscope'"):
         resolve_model_path("owner/tiny", hub="hf")
-
-
-def test_cache_dir(monkeypatch, tmp_path):
-    monkeypatch.setenv("XTUNER_LITE_HOME", str(tmp_path / "a"))
-    assert cache_dir() == tmp_path / "a"
-    monkeypatch.delenv("XTUNER_LITE_HOME")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert cache_dir() == tmp_path / "b/xtuner_lite"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / ".cache/xtuner_lite"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -15,6 +14,15 @@ from mmengine.logging import print_log
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from xtuner_lite.data.cache import (
+    CacheOption,
+    DataCache,
+    cache_root,
+    kept_packs,
+    make_key,
+    unchanged,
+)
+from xtuner_lite.data.content import NotKeyable
 from xtuner_lite.data.contract import DataContract
 from xtuner_lite.data.encode import (
     ON_BAD_ROW,
@@ -24,12 +32,14 @@ from xtuner_lite.data.encode import (
     RowEncoder,
     join_chunks,
 )
+from xtuner_lite.data.fingerprint import array_digest
 from xtuner_lite.data.ledger import Ledger
 from xtuner_lite.data.map_fns.recognise import NUM_LOOKED_AT, recognise
 from xtuner_lite.data.overlong import OVERLONG, Overlong
 from xtuner_lite.data.packing import Packing, check_packing, pack
 from xtuner_lite.data.parallel import encode_chunks
-from xtuner_lite.data.sources import Row, read_rows
+from xtuner_lite.data.sources import Row, open_sources
+from xtuner_lite.data.store import rows_digest
 from xtuner_lite.registry import DATASETS, MAP_FNS
 from xtuner_lite.structures import IGNORE_INDEX
 from xtuner_lite.templates.adapter import ChatTemplate
@@ -66,6 +76,10 @@ class ChatDataset(Dataset):
         train_thinking: learn the answers' ``reasoning_content`` too; by default it is only read.
         on_bad_row: a row that does not parse or breaks the schema: "raise" or "skip" (counted).
         num_proc: processes that encode.
+        cache: "auto" keeps the encoded rows on disk ($XTUNER_LITE_DATA_CACHE, else below
+            $XTUNER_LITE_HOME or the user's cache folder) and takes them from there while files, map
+            function, tokenizer, template, options and versions stay the same; a path keeps them in
+            that folder; False keeps nothing and holds the rows in memory.
         limit: rows read at most; None reads all.
         name: in logs and the ledger; default is the source's name.
         template: of this data set alone, as load_tokenizer's; None takes the tokenizer's. For
@@ -81,7 +95,8 @@ class ChatDataset(Dataset):
 
     Raises:
         FileNotFoundError, ValueError: the source is missing, empty or not readable; no row can be
-            used; nothing in it is learnt; an option is not known.
+            used; nothing in it is learnt; an option is not known; a file changed while it was read.
+        DataCacheError: the cache cannot be written.
         TemplateError: the tokenizer has no template, or its mask cannot be proved.
     """
 
@@ -98,6 +113,7 @@ class ChatDataset(Dataset):
         train_thinking: bool = False,
         on_bad_row: OnBadRow = "raise",
         num_proc: int = 1,
+        cache: CacheOption = "auto",
         limit: int | None = None,
         name: str | None = None,
         template: str | dict[str, Any] | None = None,
@@ -111,25 +127,24 @@ class ChatDataset(Dataset):
             notes.append("a template of its own; the model is exported with the tokenizer's")
         self.name = name or _name_of(data)
         self.max_length = max_length
-        rows = islice(read_rows(data), limit)
-        function, rows = _resolve_map_fn(map_fn, rows, self.name, notes)
-        encoder = RowEncoder(
-            template=ChatTemplate(tokenizer) if self._needs_template(function) else None,
-            encode_text=partial(encode_text, tokenizer),
-            map_fn=function,
+        options: dict[str, Any] = dict(
             max_length=None if packing == "concat" else max_length,
             overlong=overlong,
             train_on=train_on,
             train_thinking=train_thinking,
             on_bad_row=on_bad_row,
-            bos_token_id=tokenizer.bos_token_id,
         )
-        self._rows = join_chunks(encode_chunks(encoder, rows, num_proc), self.name)
+        self._rows = self._prepared(data, tokenizer, map_fn, options, limit, num_proc, cache)
         self.ledger = self._rows.ledger
+        self.ledger.name = self.name
         self.ledger.notes += notes
         _check_usable(self.ledger, max_length)
         self._row_start = np.concatenate([[0], np.cumsum(self._rows.lengths)])
-        self._packs = pack(self._rows.lengths, max_length, packing)
+        self._packs = kept_packs(
+            self._rows,
+            f"{packing}-{max_length}",
+            lambda: pack(self._rows.lengths, max_length, packing),
+        )
         self.lengths = self._packs.lengths
         self._count_cut_targets()
         self.ledger.num_samples = len(self._packs)
@@ -137,9 +152,60 @@ class ChatDataset(Dataset):
         self.ledger.check()
         contract.check(self.ledger)
 
+    def _prepared(
+        self,
+        data: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        map_fn: Any,
+        options: dict[str, Any],
+        limit: int | None,
+        num_proc: int,
+        cache: CacheOption,
+    ) -> EncodedRows:
+        """The encoded rows, from the cache or made now."""
+        sources = open_sources(data)
+        function = None if isinstance(map_fn, str) and map_fn == "auto" else map_function(map_fn)
+
+        def build() -> tuple[Iterator[EncodedRows], list[str]]:
+            check = unchanged(sources)
+            rows = islice(chain.from_iterable(source.rows() for source in sources), limit)
+            chosen, notes = function, []
+            if chosen is None:
+                chosen, rows, notes = recognised(rows, self.name)
+            needs_template = self._needs_template(chosen)
+            encoder = RowEncoder(
+                template=ChatTemplate(tokenizer) if needs_template else None,
+                encode_text=partial(encode_text, tokenizer),
+                map_fn=chosen,
+                bos_token_id=tokenizer.bos_token_id,
+                **options,
+            )
+            return _then(encode_chunks(encoder, rows, num_proc), check), notes
+
+        if cache is False:
+            return _in_memory(build, self.name)
+        kept = DataCache(cache_root(cache))
+        keyed = {**options, "limit": limit, "dataset": type(self).__qualname__}
+        try:
+            key = make_key(
+                sources,
+                map_fn="auto" if function is None else function,
+                tokenizer=tokenizer,
+                options=keyed,
+                memory=kept.memory,
+            )
+        except NotKeyable as error:
+            why = (
+                f"data cache: {self.name} is not kept, because its content cannot be told: {error}"
+            )
+            print_log(why, logger="current", level=logging.INFO)
+            return _in_memory(build, self.name)
+        return kept.rows(key, self.name, build)
+
     def _count_cut_targets(self) -> None:
         """A row cut in two (packing="concat") loses the target at the start of each later piece."""
-        first = self._row_start[self._packs.row] + self._packs.start
+        inside = self._packs.start > 0  # the first token of a row is never a target
+        first = self._row_start[self._packs.row[inside]] + self._packs.start[inside]
         self.ledger.lose_supervised(int(self._rows.learnt[first].sum()))
 
     def _needs_template(self, map_fn: MapFn) -> bool:
@@ -180,13 +246,9 @@ class ChatDataset(Dataset):
     @property
     def fingerprint(self) -> str:
         """Digest of every token, mask and pack: equal exactly where training would see the same."""
-        digest = hashlib.sha256()
-        rows, packs = self._rows, self._packs
-        arrays = (rows.input_ids, rows.learnt, rows.weights, packs.row, packs.start, packs.end)
-        for array in arrays:
-            if array is not None:
-                digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()[:32]
+        packs = self._packs
+        arrays = (packs.row, packs.start, packs.end, packs.sample)
+        return array_digest(np.concatenate([*arrays, list(rows_digest(self._rows).encode())]))
 
     def _row_id(self, row: int) -> str:
         return f"{self._rows.sources[self._rows.source[row]]}:{self._rows.line[row]}"
@@ -202,7 +264,7 @@ class TextDataset(ChatDataset):
         max_length: tokens of one sample.
         packing: "concat" fills every sample to max_length; "best_fit" cuts no document that fits.
         map_fn: "pretrain" reads the key 'text'; any other must return dict(text=...).
-        overlong, on_bad_row, num_proc, limit, name, data_contract: as ChatDataset's.
+        overlong, on_bad_row, num_proc, cache, limit, name, data_contract: as ChatDataset's.
     """
 
     def __init__(
@@ -216,6 +278,7 @@ class TextDataset(ChatDataset):
         overlong: Overlong = "truncate",
         on_bad_row: OnBadRow = "raise",
         num_proc: int = 1,
+        cache: CacheOption = "auto",
         limit: int | None = None,
         name: str | None = None,
         data_contract: DataContract | dict[str, Any] | None = None,
@@ -229,6 +292,7 @@ class TextDataset(ChatDataset):
             overlong=overlong,
             on_bad_row=on_bad_row,
             num_proc=num_proc,
+            cache=cache,
             limit=limit,
             name=name,
             data_contract=data_contract,
@@ -280,31 +344,46 @@ def _is_path(data: Any) -> bool:
     return isinstance(data, str) or hasattr(data, "__fspath__")
 
 
-def _resolve_map_fn(
-    map_fn: Any, rows: Iterator[Row], name: str, notes: list[str]
-) -> tuple[MapFn, Iterator[Row]]:
-    """The map function, and the rows (some had to be read to recognise their format)."""
-    if map_fn == "auto":
-        head = list(islice(rows, NUM_LOOKED_AT))
-        good = [row.data for row in head if row.error is None]
-        rows = chain(head, rows)
-        if not good and head:
-            bad = head[0]
-            raise ValueError(
-                f"{name}: none of the first {len(head)} rows can be read; the first: "
-                f"{bad.place}: {bad.error}. Correct the file."
-            )
-        map_fn, why, warning = recognise(good, name)
-        notes += [why, warning] if warning else [why]
-        print_log(why, logger="current", level=logging.INFO)
-        if warning:
-            print_log(warning, logger="current", level=logging.WARNING)
+def _in_memory(
+    build: Callable[[], tuple[Iterator[EncodedRows], list[str]]], name: str
+) -> EncodedRows:
+    chunks, notes = build()
+    rows = join_chunks(chunks, name)
+    rows.ledger.notes += notes
+    return rows
+
+
+def _then(chunks: Iterable[EncodedRows], check: Callable[[], None]) -> Iterator[EncodedRows]:
+    """The chunks, and a check behind the last one."""
+    yield from chunks
+    check()
+
+
+def recognised(rows: Iterator[Row], name: str) -> tuple[MapFn, Iterator[Row], list[str]]:
+    """The map function for rows of a known format, all the rows again, and why that one."""
+    head = list(islice(rows, NUM_LOOKED_AT))
+    good = [row.data for row in head if row.error is None]
+    if not good and head:
+        bad = head[0]
+        raise ValueError(
+            f"{name}: none of the first {len(head)} rows can be read; the first: "
+            f"{bad.place}: {bad.error}. Correct the file."
+        )
+    map_fn, why, warning = recognise(good, name)
+    print_log(why, logger="current", level=logging.INFO)
+    if warning:
+        print_log(warning, logger="current", level=logging.WARNING)
+    return MAP_FNS.get(map_fn), chain(head, rows), [why, warning] if warning else [why]
+
+
+def map_function(map_fn: Any) -> MapFn:
+    """The function that a registered name, a function or dict(type=..., keyword=...) stands for."""
     if isinstance(map_fn, Mapping):
         keywords = {key: value for key, value in map_fn.items() if key != "type"}
         function = map_fn["type"]
         function = MAP_FNS.get(function) if isinstance(function, str) else function
-        return partial(_unlazy(function), **keywords), rows
-    return (MAP_FNS.get(map_fn) if isinstance(map_fn, str) else _unlazy(map_fn)), rows
+        return partial(_unlazy(function), **keywords)
+    return MAP_FNS.get(map_fn) if isinstance(map_fn, str) else _unlazy(map_fn)
 
 
 def _unlazy(function: Any) -> Callable[..., Any]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 
 from xtuner_lite.data.encode import EncodedRows, RowEncoder
 from xtuner_lite.data.sources import Row
 
 #: Rows of one tokenizer call.
-CHUNK_ROWS = 1000
+CHUNK_ROWS = 500
 
 
 def encode_chunks(
@@ -22,7 +26,10 @@ def encode_chunks(
 
     Args:
         rows: read here; only a few chunks are held at a time.
-        num_proc: processes. With 1 the tokenizer's own threads still use every core.
+        num_proc: processes. With 1 the tokenizer's own threads may still use every core.
+
+    Raises:
+        RuntimeError: a process was killed, as for want of memory.
     """
     chunks = _chunks(rows)
     if num_proc == 1:
@@ -33,14 +40,28 @@ def encode_chunks(
     # (lambdas, plug-in files). The children run no torch and no tokenizer threads.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
-    with ProcessPoolExecutor(num_proc, context, _start, (encoder,)) as pool:
-        waiting: list[Future[EncodedRows]] = []
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode, chunk))
-            if len(waiting) > 2 * num_proc:
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
+    pool = ProcessPoolExecutor(num_proc, context, _start, (encoder, os.getpid()))
+    try:
+        yield from _in_order(pool, chunks, 2 * num_proc)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a process that encodes rows was killed from outside, as the system does when memory "
+            f"runs out. Lower num_proc (now {num_proc})."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, chunks: Iterable[list[Row]], ahead: int
+) -> Iterator[EncodedRows]:
+    waiting: deque[Future[EncodedRows]] = deque()
+    for chunk in chunks:
+        waiting.append(pool.submit(_encode, chunk))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -52,10 +73,18 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
 _encoder: RowEncoder | None = None  # of a worker process
 
 
-def _start(encoder: RowEncoder) -> None:
+def _start(encoder: RowEncoder, parent: int) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _encoder = encoder
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent was killed: it would wait for work, and hold its locks."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _encode(chunk: list[Row]) -> EncodedRows:

@@ -1,169 +1,107 @@
-"""One reader per file type: yields (line, data, error) for every row, bad ones included."""
+"""One reader per file type: yields (line, data, error) for every row, bad ones included.
+
+Each takes ``skip``: so many rows, bad ones counted, are passed over as cheaply as the file type
+allows. No reader holds more than a few rows.
+"""
 
 from __future__ import annotations
 
 import csv
-import gzip
 import io
-import json
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-RawRow = tuple[int, Any, "str | None"]
+from xtuner_lite.data.compressed import OPENERS, open_bytes, read_errors, split_suffix
+from xtuner_lite.data.json_window import (
+    JsonWindow,
+    RawRow,
+    array_rows,
+    parse,
+    value_rows,
+)
 
 _BOM = b"\xef\xbb\xbf"
-_SPACE = " \t\n\r"
+_BATCH_ROWS = 1000
 
 
 def suffix_of(path: Path) -> str:
-    """The file type's ending, without a '.gz' behind it: '.jsonl' for 'a.jsonl.gz'."""
-    name = path.name.lower().removesuffix(".gz")
-    return "." + name.rsplit(".", 1)[1] if "." in name else ""
+    """The file type's ending, without a compression's behind it: '.jsonl' for 'a.jsonl.gz'."""
+    return split_suffix(path)[0]
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    return path.open("rb")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str, str | None]]:
-    """(1-based number, text without its line end, error) of each line of a UTF-8 file."""
+def _lines(path: Path, skip: int) -> Iterator[tuple[int, str, str | None]]:
+    """(1-based number, text without its line end, error) of each line that is not blank."""
     number = 0
-    with _open(path) as file:
+    with open_bytes(path) as file:
         try:
             for number, raw in enumerate(file, start=1):
                 if number == 1:
                     raw = raw.removeprefix(_BOM)
+                if raw.isspace() or not raw:
+                    continue
+                if skip:
+                    skip -= 1
+                    continue
                 try:
                     yield number, raw.decode("utf-8").rstrip("\r\n"), None
                 except UnicodeDecodeError as error:
-                    yield (
-                        number,
-                        "",
-                        f"not UTF-8 text: byte 0x{raw[error.start]:02x} at {error.start}",
-                    )
-        except (gzip.BadGzipFile, EOFError, OSError) as error:
+                    byte = raw[error.start]
+                    yield number, "", f"not UTF-8 text: byte 0x{byte:02x} at {error.start}"
+        except read_errors() as error:
             yield number + 1, "", f"the file cannot be read further: {error}"
 
 
-def read_jsonl(path: Path) -> Iterator[RawRow]:
+def read_jsonl(path: Path, skip: int = 0) -> Iterator[RawRow]:
     """One JSON value a line; blank lines are no rows."""
-    for number, line, error in _lines(path):
-        if error is not None:
-            yield number, None, error
-        elif line.strip():
-            yield number, *_parse(line)
+    for number, line, error in _lines(path, skip):
+        yield (number, None, error) if error is not None else (number, *parse(line))
 
 
-def _parse(text: str) -> tuple[Any, str | None]:
-    try:
-        return json.loads(text), None
-    except json.JSONDecodeError as error:
-        return None, f"not valid JSON: {error.msg} at column {error.colno}"
-    except RecursionError:
-        return None, "not valid JSON: nested too deeply"
-    except ValueError as error:
-        return None, f"not valid JSON: {error}"
-
-
-def read_json(path: Path) -> Iterator[RawRow]:
+def read_json(path: Path, skip: int = 0) -> Iterator[RawRow]:
     """A JSON array of rows, each with the line it starts on; or one JSON value a line."""
-    with _open(path) as file:
-        try:
-            raw = file.read()
-        except (gzip.BadGzipFile, EOFError, OSError) as error:
-            yield 1, None, f"the file cannot be read: {error}"
+    with open_bytes(path) as file:
+        window = JsonWindow(file)
+        if window.peek() == "[":
+            window.skip()
+            yield from islice(array_rows(window), skip, None)
             return
-    try:
-        text = raw.removeprefix(_BOM).decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        yield line, None, f"not UTF-8 text: byte 0x{raw[error.start]:02x}; no row of it was read"
+    if _first_line_is_a_row(path):
+        yield from read_jsonl(path, skip)
         return
-    del raw
-    start = _skip_space(text, 0)
-    if text[start : start + 1] == "[":
-        yield from _array_rows(text, start + 1)
-    else:
-        yield from _value_rows(text)
+    with open_bytes(path) as file:
+        yield from islice(value_rows(JsonWindow(file)), skip, None)
 
 
-def _skip_space(text: str, at: int) -> int:
-    while at < len(text) and text[at] in _SPACE:
-        at += 1
-    return at
+def _first_line_is_a_row(path: Path) -> bool:
+    lines = (line for _, line, _ in _lines(path, 0))
+    first = next(lines, "")
+    return parse(first)[1] is None and next(lines, None) is not None
 
 
-def _array_rows(text: str, at: int) -> Iterator[RawRow]:
-    """Elements of an array, read one after another, so that each has its true line."""
-    decoder = json.JSONDecoder()
-    line, counted = 1, 0
-    at = _skip_space(text, at)
-    if text[at : at + 1] == "]":
-        return
-    while True:
-        line += text.count("\n", counted, at)
-        counted = at
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            yield (
-                error.lineno,
-                None,
-                f"not valid JSON: {error.msg} at column {error.colno}; {_REST}",
-            )
-            return
-        except (RecursionError, ValueError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            yield line, None, f"not valid JSON: {reason}; {_REST}"
-            return
-        yield line, value, None
-        at = _skip_space(text, at)
-        if text[at : at + 1] == "]":
-            return
-        if text[at : at + 1] != ",":
-            found = repr(text[at]) if at < len(text) else "the end of the file"
-            here = text.count("\n", 0, at) + 1
-            yield here, None, f"not valid JSON: expected ',' or ']', found {found}; {_REST}"
-            return
-        at = _skip_space(text, at + 1)
-
-
-_REST = "the rest of the array cannot be read"
-
-
-def _value_rows(text: str) -> Iterator[RawRow]:
-    """A .json file that is no array: one value a line, or a single object over several lines."""
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if len(lines) > 1:
-        whole, error = _parse(text)
-        if error is None:
-            yield lines[0][0], whole, None
-            return
-    for number, line in lines:
-        yield number, *_parse(line)
-
-
-def read_csv(path: Path, delimiter: str = ",") -> Iterator[RawRow]:
+def read_csv(path: Path, skip: int = 0, delimiter: str = ",") -> Iterator[RawRow]:
     """Rows of a table whose first line names the columns."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with _open(path) as file:
+    with open_bytes(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         reader = csv.DictReader(text, delimiter=delimiter, strict=True)
-        line = 1
-        try:
-            columns = len(reader.fieldnames or [])
+        yield from islice(_csv_rows(reader), skip, None)
+
+
+def _csv_rows(reader: csv.DictReader[str]) -> Iterator[RawRow]:
+    line = 1
+    try:
+        columns = len(reader.fieldnames or [])
+        line = reader.line_num + 1
+        for row in reader:
+            yield line, *_check_csv_row(row, columns)
             line = reader.line_num + 1
-            for row in reader:
-                yield line, *_check_csv_row(row, columns)
-                line = reader.line_num + 1
-        except UnicodeDecodeError as error:
-            yield line, None, f"not UTF-8 text: {error.reason}; the rest of the file is not read"
-        except (csv.Error, EOFError, OSError) as error:
-            yield line, None, f"not a valid table: {error}; the rest of the file is not read"
+    except UnicodeDecodeError as error:
+        yield line, None, f"not UTF-8 text: {error.reason}; the rest of the file is not read"
+    except (csv.Error, *read_errors()) as error:
+        yield line, None, f"not a valid table: {error}; the rest of the file is not read"
 
 
 def _check_csv_row(row: dict[Any, Any], columns: int) -> tuple[Any, str | None]:
@@ -175,43 +113,88 @@ def _check_csv_row(row: dict[Any, Any], columns: int) -> tuple[Any, str | None]:
     return row, None
 
 
-def read_tsv(path: Path) -> Iterator[RawRow]:
+def read_tsv(path: Path, skip: int = 0) -> Iterator[RawRow]:
     """As read_csv, with tabs."""
-    yield from read_csv(path, delimiter="\t")
+    yield from read_csv(path, skip, delimiter="\t")
 
 
-def read_parquet(path: Path) -> Iterator[RawRow]:
+def read_parquet(path: Path, skip: int = 0) -> Iterator[RawRow]:
     """Rows of a parquet file, a thousand at a time; the line is the row's number."""
-    import pyarrow
     import pyarrow.parquet
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            groups, number = range(file.num_row_groups), 0
+            for group in groups:
+                size = file.metadata.row_group(group).num_rows
+                if number + size <= skip:
+                    number += size
+                    yield size
+                else:
+                    yield from file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group])
+
+    yield from _arrow_rows(batches(), skip, "parquet")
+
+
+def read_arrow(path: Path, skip: int = 0) -> Iterator[RawRow]:
+    """Rows of an Arrow file or stream (what datasets' save_to_disk writes); numbered from 1."""
+    import pyarrow
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.memory_map(str(path)) as source:
+            try:
+                reader = pyarrow.ipc.open_stream(source)
+            except pyarrow.ArrowInvalid:  # the file format, with its index at the end
+                source.seek(0)
+                with pyarrow.ipc.open_file(source) as file:
+                    for index in range(file.num_record_batches):
+                        yield from _small(file.get_batch(index))
+                return
+            with reader:
+                for batch in reader:
+                    yield from _small(batch)
+
+    yield from _arrow_rows(batches(), skip, "Arrow")
+
+
+def _small(batch: Any) -> Iterator[Any]:
+    for start in range(0, batch.num_rows, _BATCH_ROWS):
+        yield batch.slice(start, _BATCH_ROWS)
+
+
+def _arrow_rows(batches: Iterator[Any], skip: int, kind: str) -> Iterator[RawRow]:
+    """Rows of record batches; a number stands for as many rows that were skipped."""
+    import pyarrow
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row, None
+        for batch in batches:
+            size = batch if isinstance(batch, int) else batch.num_rows
+            if number + size > skip:
+                for offset, row in enumerate(batch.to_pylist(), start=number + 1):
+                    if offset > skip:
+                        yield offset, row, None
+            number += size
     except (pyarrow.ArrowException, OSError) as error:
-        yield number + 1, None, f"not a readable parquet file: {error}"
+        yield number + 1, None, f"not a readable {kind} file: {error}"
 
 
-def read_txt(path: Path) -> Iterator[RawRow]:
+def read_txt(path: Path, skip: int = 0) -> Iterator[RawRow]:
     """One text a line, as {"text": line}; blank lines are no rows."""
-    for number, line, error in _lines(path):
-        if error is not None:
-            yield number, None, error
-        elif line.strip():
-            yield number, {"text": line}, None
+    for number, line, error in _lines(path, skip):
+        yield (number, {"text": line}, None) if error is None else (number, None, error)
 
 
-READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
+READERS: dict[str, Callable[..., Iterator[RawRow]]] = {
     ".json": read_json,
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
     ".txt": read_txt,
 }
-SUFFIXES = ", ".join(READERS) + ", and each with .gz behind it"
+#: File types that hold their own compression and are read at random places.
+BINARY = (".parquet", ".arrow")
+SUFFIXES = ", ".join(READERS) + f"; text files also with {', '.join(OPENERS)} behind it"

