@@ -1,7 +1,5 @@
 """Where things are kept, by environment."""
 
-from pathlib import Path
-
 from xtuner_lite.home import cache_dir, data_cache_dir
 
 

@@ -1,8 +1,11 @@
 """Every file type gives its rows with their true lines, and a reason for each bad one."""
 
+import bz2
 import gzip
 import json
+import lzma
 import re
+import sys
 
 import pytest
 
@@ -96,3 +99,83 @@ def test_txt_is_one_text_a_line(tmp_path):
         (1, {"text": "one"}, None),
         (3, {"text": " two"}, None),
     ]
+
+
+def test_an_array_larger_than_the_window_is_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("xtuner_lite.data.json_window.BLOCK", 7)
+    rows = [{"n": n, "text": "é\n\\ [1, 2]" * (n % 5)} for n in range(40)]
+    for indent in (None, 1):
+        text = json.dumps(rows, indent=indent, ensure_ascii=False)
+        found = read(tmp_path / "a.json", text)
+        assert [row for _, row, _ in found] == rows
+        starts = [text.count("\n", 0, m.start()) + 1 for m in re.finditer(r'\{\s*"n"', text)]
+        assert [line for line, _, _ in found] == starts
+    assert [row for _, row, _ in read(tmp_path / "a.json", "[12345678901, -1.5e10, true, 7]")] == [
+        12345678901, -1.5e10, True, 7,
+    ]  # fmt: skip
+    broken = text.replace('"n": 30', '"n": oops')
+    found = read(tmp_path / "a.json", broken)
+    assert len(found) == 31
+    at = broken.index("oops")
+    column = at - broken.rindex("\n", 0, at)
+    assert found[-1][0] == broken.count("\n", 0, at) + 1
+    assert f"Expecting value at column {column};" in found[-1][2]
+
+
+def test_bytes_that_are_no_text_end_an_array(tmp_path):
+    rows = read(tmp_path / "a.json", b'[{"a": 1},\n{"a": 2},\n{"a": "\xff"}]')
+    assert rows[:2] == [(1, {"a": 1}, None), (2, {"a": 2}, None)]
+    assert rows[2][0] == 3
+    assert "not UTF-8 text: byte 0xff; the rest of the file cannot be read" in rows[2][2]
+
+
+@pytest.mark.parametrize(("ending", "module"), [("bz2", bz2), ("xz", lzma)])
+def test_other_compressions(tmp_path, ending, module):
+    packed = module.compress(b'{"a": 1}\n{"a": 2}\n' * 50)
+    assert len(read(tmp_path / f"a.jsonl.{ending}", packed)) == 100
+    assert "cannot be read further" in read(tmp_path / f"b.jsonl.{ending}", packed[:-9])[-1][2]
+    packed = module.compress(b'[{"a": 1}, {"a": 2}]')
+    assert len(read(tmp_path / f"a.json.{ending}", packed)) == 2
+    assert "cannot be read further" in read(tmp_path / f"b.json.{ending}", packed[:-9])[-1][2]
+
+
+def test_zst_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ImportError, match=r"a\.jsonl\.zst.*pip install zstandard"):
+        read(tmp_path / "a.jsonl.zst", b"x")
+
+
+def test_arrow_streams_and_files(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": ["a", "b", "c"]})
+    for make in (pyarrow.ipc.new_stream, pyarrow.ipc.new_file):
+        file = tmp_path / "a.arrow"
+        with make(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+        assert list(READERS[".arrow"](file)) == [
+            (1, {"text": "a"}, None), (2, {"text": "b"}, None), (3, {"text": "c"}, None),
+        ]  # fmt: skip
+        assert list(READERS[".arrow"](file, 2)) == [(3, {"text": "c"}, None)]
+    assert "not a readable Arrow file" in read(tmp_path / "b.arrow", b"xxxxxxxx")[0][2]
+
+
+@pytest.mark.parametrize("skip", [0, 1, 3, 4, 9])
+def test_every_reader_skips_rows(tmp_path, skip):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    files = {
+        "a.jsonl": '{"a": 1}\n\n{bad\n{"a": 3}\n{"a": 4}\n',
+        "a.json": '[{"a": 1}, {"a": 2},\n{"a": 3},{"a": 4}]',
+        "b.json": '{"a": 1}\n\n{"a": 2}\n{"a": 3}\n{"a": 4}',
+        "a.csv": "a\n1\n2\n3\n4\n",
+        "a.txt": "1\n \n2\n3\n4",
+    }
+    for name, text in files.items():
+        file = tmp_path / name
+        rows = read(file, text)
+        assert len(rows) == 4
+        assert list(READERS[suffix_of(file)](file, skip)) == rows[skip:]
+    parquet.write_table(pyarrow.table({"a": [1, 2, 3, 4]}), file := tmp_path / "a.parquet",
+                        row_group_size=3)  # fmt: skip
+    assert list(READERS[".parquet"](file, skip)) == list(READERS[".parquet"](file))[skip:]

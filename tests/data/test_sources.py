@@ -1,6 +1,8 @@
 """Where rows can come from, and what is said when they are not there."""
 
 import json
+import sys
+import types
 
 import pytest
 
@@ -121,3 +123,52 @@ def test_what_cannot_be_a_source(folder):
     (folder / "docs" / "a.md").write_text("x")
     with pytest.raises(FileNotFoundError, match=r"holds no data file \(it holds a\.md\)"):
         numbers(str(folder / "docs"))
+
+
+def test_a_folder_saved_by_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"n": n} for n in range(5)])
+    rows.save_to_disk(tmp_path / "one", num_shards=2)
+    assert numbers(str(tmp_path / "one")) == [0, 1, 2, 3, 4]
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
+    assert numbers(str(tmp_path / "two")) == [0, 1, 2, 3, 4]
+    assert numbers(str(tmp_path / "two" / "test")) == [0, 1, 2, 3, 4]
+    datasets.DatasetDict(a=rows).save_to_disk(tmp_path / "three")
+    with pytest.raises(
+        ValueError, match=r"has the splits \['a'\].*name the folder of one.*three/a"
+    ):
+        numbers(str(tmp_path / "three"))
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="is not whole.*Save it again"):
+        numbers(str(tmp_path / "one"))
+
+
+def test_modelscope(monkeypatch):
+    monkeypatch.setitem(sys.modules, "modelscope.msdatasets", None)
+    with pytest.raises(ImportError, match="'modelscope:a/b' needs.*pip install modelscope"):
+        numbers("modelscope:a/b")
+
+    class MsDataset:
+        @staticmethod
+        def load(name):
+            if name == "a/none":
+                raise ValueError("no such data set")
+            return {"train": MsDataset()}
+
+        def to_hf_dataset(self):
+            return [{"n": 4}]
+
+    module = types.ModuleType("modelscope.msdatasets")
+    module.MsDataset = MsDataset
+    monkeypatch.setitem(sys.modules, "modelscope", types.ModuleType("modelscope"))
+    monkeypatch.setitem(sys.modules, "modelscope.msdatasets", module)
+    assert numbers("modelscope:a/b") == [4]
+    assert numbers(dict(type=MsDataset.load, name="x")) == [4]
+    with pytest.raises(ValueError, match="'a/none' cannot be loaded: no such data set"):
+        numbers("modelscope:a/none")
+
+
+def test_a_compressed_binary_file(tmp_path):
+    (tmp_path / "a.parquet.gz").write_bytes(b"x")
+    with pytest.raises(ValueError, match="compressed inside; decompress"):
+        numbers(str(tmp_path / "a.parquet.gz"))

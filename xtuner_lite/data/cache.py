@@ -245,8 +245,8 @@ class DataCache:
                 nearest = found
         if nearest is None:
             return "is prepared for the first time"
-        changes = ", ".join(_changes(nearest[1], key.parts))
-        return f"is prepared anew, what changed since {nearest[2]}: {changes or 'the entry is damaged'}"
+        changes = ", ".join(_changes(nearest[1], key.parts)) or "the entry is damaged"
+        return f"is prepared anew, what changed since {nearest[2]}: {changes}"
 
 
 class _Guarded:

@@ -26,10 +26,11 @@ def _open_zst(path: Path) -> Any:
     return module.open(path, "rb")
 
 
+#: Ending -> function that opens the file for reading bytes.
 OPENERS: dict[str, Callable[[Path], Any]] = {
-    ".gz": lambda path: gzip.open(path, "rb"),
-    ".bz2": lambda path: bz2.open(path, "rb"),
-    ".xz": lambda path: lzma.open(path, "rb"),
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
     ".zst": _open_zst,
 }
 

@@ -127,8 +127,8 @@ def read_parquet(path: Path, skip: int = 0) -> Iterator[RawRow]:
             groups, number = range(file.num_row_groups), 0
             for group in groups:
                 size = file.metadata.row_group(group).num_rows
-                if number + size <= skip:
-                    number += size
+                number += size
+                if number <= skip:
                     yield size
                 else:
                     yield from file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group])

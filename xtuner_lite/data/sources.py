@@ -184,7 +184,8 @@ def _open_saved(name: str, path: Path) -> list[Source]:
         files = [path / entry["filename"] for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{name!r} was saved by datasets' save_to_disk, but not whole: {error!r}. Save it again."
+            f"{name!r} was saved by datasets' save_to_disk, but is not whole: {error!r}. Save it "
+            "again."
         ) from error
     return [_open_file(str(file), file) for file in files]
 

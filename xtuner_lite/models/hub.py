@@ -6,8 +6,6 @@ import difflib
 from pathlib import Path
 from typing import Literal
 
-from xtuner_lite.home import cache_dir
-
 Hub = Literal["huggingface", "modelscope"]
 
 WHEEL_PREFIX = "pypi:"
