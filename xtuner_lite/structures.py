@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 #: Label of a position that teaches nothing (the value torch's cross entropy ignores by default).
 IGNORE_INDEX = -100
 
+#: Short names of the compute dtypes that configs may use beside torch's own.
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 

@@ -12,13 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from xtuner_lite.structures import DTYPE_NAMES
+
 DTYPES = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
+    name: getattr(torch, long) for short, long in DTYPE_NAMES.items() for name in (short, long)
 }
 
 

@@ -76,7 +76,10 @@ class TrainingMethod(nn.Module, ABC):
         self.llm = model
         if activation_checkpointing:
             base = unwrap_adapter(model)
-            base.activation_checkpointing_enable({"use_reentrant": False})
+            # Its older name, which releases before the change of name know alone.
+            older = getattr(base, "gradient_checkpointing_enable", None)
+            enable = getattr(base, "activation_checkpointing_enable", older)
+            enable({"use_reentrant": False})
             # Non-reentrant checkpoints need no gradient at the input; it would only cost time.
             base.disable_input_require_grads()
         self.activation_checkpointing = activation_checkpointing

