@@ -72,7 +72,7 @@ def test_nothing_of_the_training_is_touched(lora):
     assert random.getstate() == before[1]
     assert [m.training for m in sft.modules()] == modes
     assert base.generation_config is own
-    assert base.is_activation_checkpointing
+    assert any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
     assert list(sft.trainable_parameters()) == trainable
     assert base.config._attn_implementation == "packed_sdpa"
 
