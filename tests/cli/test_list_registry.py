@@ -7,7 +7,7 @@ from xtuner_lite.cli.main import main
 
 def test_registries(capsys):
     assert main(["list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 14
+    assert len(capsys.readouterr().out.splitlines()) == 15
 
 
 def test_names_with_description_and_place(capsys):
@@ -30,3 +30,10 @@ def test_unknown_registry(capsys):
 def test_nothing_fits(capsys):
     assert main(["list", "hooks", "zzz"]) == 1
     assert "no hook fits 'zzz'" in capsys.readouterr().err
+
+
+def test_map_functions_show_an_example_row(capsys):
+    assert main(["list", "map_fns", "pretrain"]) == 0
+    line, example = capsys.readouterr().out.splitlines()
+    assert line.startswith("pretrain  Plain text")
+    assert example.strip() == '{"text": "A document of any length."}'

@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
+from xtuner_lite.data.json_window import show_position
 from xtuner_lite.data.readers import READERS, suffix_of
+from xtuner_lite.data.sources import read_rows
 
 
 def read(path, content: str | bytes):
@@ -26,6 +28,15 @@ def test_json_array_gives_the_line_of_each_element(tmp_path):
     ]
     assert read(tmp_path / "a.json", b"\xef\xbb\xbf[{}]") == [(1, {}, None)]
     assert read(tmp_path / "a.json", "[ ]") == []
+
+
+def test_rows_that_share_a_line_are_told_apart(tmp_path):
+    rows = read(tmp_path / "a.json", '[{"a": 1}, {"a": 2}, 5,\n{"a": 4}, {"a": 5}]')
+    assert [show_position(position) for position, _, _ in rows] == [
+        "1", "1 (row 2)", "1 (row 3)", "2", "2 (row 5)",
+    ]  # fmt: skip
+    places = [row.place for row in read_rows(tmp_path / "a.json")]
+    assert places[1] == f"{tmp_path / 'a.json'}:1 (row 2)"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +120,8 @@ def test_an_array_larger_than_the_window_is_read_in_pieces(tmp_path, monkeypatch
         found = read(tmp_path / "a.json", text)
         assert [row for _, row, _ in found] == rows
         starts = [text.count("\n", 0, m.start()) + 1 for m in re.finditer(r'\{\s*"n"', text)]
-        assert [line for line, _, _ in found] == starts
+        lines = [int(show_position(position).split()[0]) for position, _, _ in found]
+        assert lines == starts
     assert [row for _, row, _ in read(tmp_path / "a.json", "[12345678901, -1.5e10, true, 7]")] == [
         12345678901, -1.5e10, True, 7,
     ]  # fmt: skip

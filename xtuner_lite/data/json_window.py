@@ -146,13 +146,29 @@ class JsonWindow:
         self._ended, self._error = True, error
 
 
+#: A position is a line, or a row's number above these bits and its line in them.
+_LINE_BITS = 31
+
+
+def show_position(position: int) -> str:
+    """A row's position for people: '7', or '1 (row 7)' where rows share a line."""
+    row, line = divmod(position, 1 << _LINE_BITS)
+    return f"{line} (row {row})" if row else str(line)
+
+
 def array_rows(window: JsonWindow) -> Iterator[RawRow]:
-    """The elements of the array whose '[' was skipped, each with the line it starts on."""
+    """The elements of the array whose '[' was skipped, each with the line it starts on.
+
+    One that starts on the same line as the one before it has its number too: see show_position.
+    """
     if window.peek() == "]":
         return
+    number = last = 0
     while True:
         window.peek()
-        line = window.line
+        number += 1
+        line = window.line if window.line != last else number << _LINE_BITS | last
+        last = window.line
         try:
             value = window.value()
         except BadJson as error:

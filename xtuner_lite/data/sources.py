@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner_lite.data.compressed import split_suffix
-from xtuner_lite.data.json_window import RawRow
+from xtuner_lite.data.json_window import RawRow, show_position
 from xtuner_lite.data.readers import BINARY, READERS, SUFFIXES, suffix_of
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -28,14 +28,14 @@ class Row:
     source: str
     """The file as the user named it; 'rows' for lists, the id for hub data sets."""
     line: int
-    """1-based line of a text file, else the row's 1-based number."""
+    """1-based line of a text file, else the row's 1-based number; see show_position."""
     data: Any
     error: str | None = None
 
     @property
     def place(self) -> str:
-        """'file:line'."""
-        return f"{self.source}:{self.line}"
+        """'file:line', or 'file:1 (row 7)' where several rows of a JSON list share a line."""
+        return f"{self.source}:{show_position(self.line)}"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from xtuner_lite.templates.layout import (
     TrainOn,
     lay_out,
 )
+from xtuner_lite.templates.probes import common_suffix, end_of_calls, written_kinds
 from xtuner_lite.templates.tokenise import Encoded, encode_layouts, encode_text
 
 Conversation = tuple[Sequence[Message], "list[dict[str, Any]] | None"]
@@ -161,7 +162,7 @@ class ChatTemplate:
                 f"the chat template cannot render a question and an answer: {error}. "
                 "Name another template (xtuner-lite list templates)."
             ) from error
-        suffix = _common_suffix(one, two) if one != two else ""
+        suffix = common_suffix(one, two) if one != two else ""
         tail = self._final_tail(suffix, one, prompted)
         ends = self._special_ids(suffix.removesuffix(tail))
         if tail and not ends:  # the tail is what ends the last turn, as gpt-oss's <|return|>
@@ -201,9 +202,14 @@ class ChatTemplate:
         return self._probe[1]
 
     @cached_property
+    def call_end_token_ids(self) -> list[int]:
+        """The special token that ends a turn of tool calls, as GLM-4's <|observation|>; or []."""
+        return self._special_ids(end_of_calls(self._renderer))[:1]
+
+    @cached_property
     def end_texts(self) -> tuple[str, ...]:
-        """Texts of the tokens that end a turn: the template's own and EOS."""
-        ids = [*self.end_token_ids, self.tokenizer.eos_token_id]
+        """Texts of the tokens that end a turn: the template's own (answers, calls) and EOS."""
+        ids = [*self.end_token_ids, *self.call_end_token_ids, self.tokenizer.eos_token_id]
         texts = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
         return tuple(dict.fromkeys(texts))
 
@@ -214,7 +220,8 @@ class ChatTemplate:
             generation_config: the model's ``GenerationConfig`` (its ``eos_token_id`` is read) or
                 None.
         """
-        return _stop_ids(self.end_token_ids, self.tokenizer, generation_config)
+        ends = [*self.end_token_ids, *self.call_end_token_ids]
+        return _stop_ids(ends, self.tokenizer, generation_config)
 
     # ------------------------------------------------ what a template leaves out
 
@@ -225,31 +232,7 @@ class ChatTemplate:
         A template that skips one of them would train on conversations with a hole in them. One
         that raises on a probe counts as True: on a row it will raise too, and say why.
         """
-        mark, user = "qzprobeqz", {"role": "user", "content": "probe"}
-        answer = {"role": "assistant", "content": "answer"}
-        call = {"name": mark, "arguments": {"a": 1}}
-        calls = [{"type": "function", "id": "call00001", "function": call}]
-        caller = {"role": "assistant", "content": "", "tool_calls": calls}
-        result = {"role": "tool", "content": mark, "name": "f", "tool_call_id": "call00001"}
-        plain = [{**calls[0], "function": {**call, "name": "f"}}]
-        schema = {"name": mark, "description": "d", "parameters": {"type": "object"}}
-        tools = [{"type": "function", "function": schema}]
-        probes: dict[str, tuple[list[Any], Any]] = {
-            "user": ([{**user, "content": mark}, answer], None),
-            "assistant": ([user, {**answer, "content": mark}], None),
-            "system": ([{"role": "system", "content": mark}, user, answer], None),
-            "tool_calls": ([user, caller, {**result, "content": "r"}, answer], None),
-            "tool": ([user, {**caller, "tool_calls": plain}, result, answer], None),
-            "tools": ([user, answer], tools),
-            "thinking": ([user, {**answer, "reasoning_content": mark}], None),
-        }
-        return {name: self._writes(mark, *probe) for name, probe in probes.items()}
-
-    def _writes(self, mark: str, messages: list[Any], tools: Any) -> bool:
-        try:
-            return mark in self._renderer.render(messages, tools)
-        except RowRefused:
-            return True
+        return written_kinds(self._renderer)
 
     def _check_nothing_left_out(
         self, messages: Sequence[Message], train_thinking: bool = False
@@ -296,13 +279,6 @@ def _stop_ids(
 
 def _is_special(added: dict[int, Any], token_id: int) -> bool:
     return token_id in added and bool(added[token_id].special)
-
-
-def _common_suffix(one: str, two: str) -> str:
-    size = 0
-    while size < min(len(one), len(two)) and one[-1 - size] == two[-1 - size]:
-        size += 1
-    return one[len(one) - size :]
 
 
 def _token_starts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

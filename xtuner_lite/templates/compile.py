@@ -58,8 +58,8 @@ def _refuse(what: str) -> str:
     return "{{- raise_exception(" + _literal(f"this template cannot write {what}") + ") -}}"
 
 
-def _content(parts: TemplateParts, of: str = "message.content") -> str:
-    return f"({of} | trim)" if parts.trim else of
+def _content(parts: TemplateParts, role: str, of: str = "message.content") -> str:
+    return f"({of} | trim)" if role in parts.trim else of
 
 
 # ------------------------------------------------------------------ system prompt
@@ -81,7 +81,7 @@ def _system_lines(parts: TemplateParts) -> list[str]:
     return [
         *lines,
         "{%- if system is not none -%}",
-        _write(parts.system, system=_content(parts, "system")),
+        _write(parts.system, system=_content(parts, "system", "system")),
         "{%- endif -%}",
     ]
 
@@ -96,7 +96,7 @@ def _later_system_lines(parts: TemplateParts) -> list[str]:
     refuse = _refuse("a system message behind the first message")
     return [
         "{%- if not loop.first -%}",
-        _write(parts.system, system=_content(parts)) if parts.system else refuse,
+        _write(parts.system, system=_content(parts, "system")) if parts.system else refuse,
         "{%- endif -%}",
     ]
 
@@ -105,13 +105,13 @@ def _later_system_lines(parts: TemplateParts) -> list[str]:
 
 
 def _user_lines(parts: TemplateParts) -> list[str]:
-    plain = _write(parts.user, input=_content(parts))
+    plain = _write(parts.user, input=_content(parts, "user"))
     if parts.first_user is None:
         return [plain]
-    system = _content(parts, "state.system")
+    system = _content(parts, "system", "state.system")
     return [
         "{%- if state.system is not none -%}",
-        _write(parts.first_user, input=_content(parts), system=system),
+        _write(parts.first_user, input=_content(parts, "user"), system=system),
         "{%- set state.system = none -%}",
         "{%- else -%}",
         plain,
@@ -129,7 +129,7 @@ def _assistant_lines(parts: TemplateParts) -> list[str]:
         refuse = _refuse("tool calls")
         lines += ["{%- if message.tool_calls -%}", refuse, "{%- endif -%}"]
     lines += [_write(parts.assistant), *_thought_lines(parts), _write(parts.lead)]
-    lines.append("{{- " + _content(parts, "(message.content or '')") + " -}}")
+    lines.append("{{- " + _content(parts, "assistant", "(message.content or '')") + " -}}")
     if parts.tools == "hermes":
         lines += _HERMES_CALLS
     return [*lines, tail]

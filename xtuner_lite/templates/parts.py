@@ -53,8 +53,8 @@ class TemplateParts:
     """A tool's result, with ``{output}``; None: results are refused unless ``tools`` is set."""
     tools: Literal["hermes"] | None = None
     """How tools and calls are written: "hermes" is <tools>, <tool_call>, <tool_response>."""
-    trim: bool = False
-    """Take white space off both ends of each content, as Llama 3's and Gemma's own templates do."""
+    trim: tuple[str, ...] = ()
+    """Roles whose contents lose the white space at both ends, as in some models' own templates."""
     tokens: tuple[str, ...] = ()
     """Tokens that must be in the tokenizer's vocabulary, each as one token."""
 
@@ -110,11 +110,13 @@ def parts_from_dict(given: dict[str, Any]) -> TemplateParts:
             + f"allowed: {allowed} (or 'instruction' for user + assistant). Correct the names."
         )
     for name, value in parts.items():
-        if name == "tokens":
+        if name in ("tokens", "trim"):
             parts[name] = tuple(value)
-        elif name in ("trim", "always_thought"):
+        elif name == "always_thought":
             if not isinstance(value, bool):
-                raise TemplateError(f"template part {name}={value!r} is not True or False")
+                raise TemplateError(
+                    f"template part {name}={value!r}; allowed: True, False. Correct it."
+                )
         elif value is not None and not isinstance(value, str):
             raise TemplateError(f"template part {name}={value!r} is not a string; write it as one")
     return TemplateParts(**parts)

@@ -11,6 +11,8 @@ from dataclasses import replace
 from xtuner_lite.registry import TEMPLATES
 from xtuner_lite.templates.parts import JinjaTemplate, TemplateParts
 
+_TURNS = ("user", "assistant")
+_ALL = ("system", "user", "assistant")
 _CHATML = TemplateParts(
     system="<|im_start|>system\n{system}<|im_end|>\n",
     user="<|im_start|>user\n{input}<|im_end|>\n",
@@ -69,7 +71,7 @@ def llama3_chat() -> TemplateParts:
         assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
         suffix="<|eot_id|>",
         start="<|begin_of_text|>",
-        trim=True,
+        trim=_ALL,
         tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     )
 
@@ -83,7 +85,7 @@ def gemma() -> TemplateParts:
         suffix="<end_of_turn>",
         sep="\n",
         start="{bos}",
-        trim=True,
+        trim=_TURNS,
         tokens=("<start_of_turn>", "<end_of_turn>"),
     )
 
@@ -98,7 +100,7 @@ def gemma3() -> TemplateParts:
         suffix="<end_of_turn>",
         sep="\n",
         start="{bos}",
-        trim=True,
+        trim=_TURNS,
         tokens=("<start_of_turn>", "<end_of_turn>"),
     )
 
@@ -126,7 +128,7 @@ def cohere_chat() -> TemplateParts:
         assistant=turn + "<|CHATBOT_TOKEN|>",
         suffix=end,
         start="{bos}",
-        trim=True,
+        trim=_TURNS,
         tokens=(turn, end, "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"),
     )
 
@@ -208,7 +210,7 @@ def minicpm() -> TemplateParts:
         assistant="<AI>",
         suffix="{eos}",
         start="{bos}",
-        trim=True,
+        trim=_TURNS,
     )
 
 

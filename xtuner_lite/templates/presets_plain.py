@@ -32,16 +32,9 @@ def zephyr() -> TemplateParts:
 
 
 @TEMPLATES.register_module(name=["llama2_chat", "code_llama_chat"])
-def llama2_chat() -> TemplateParts:
+def llama2_chat() -> JinjaTemplate:
     """Llama 2 and Code Llama: [INST] with the system prompt in <<SYS>>, BOS and EOS each round."""
-    return TemplateParts(
-        user="{bos}[INST] {input} [/INST]",
-        first_user="{bos}[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{input} [/INST]",
-        assistant="",
-        lead=" ",
-        suffix=" {eos}",
-        trim=True,
-    )
+    return JinjaTemplate("llama2_chat.jinja")
 
 
 @TEMPLATES.register_module(name=["mistral", "mixtral"])
