@@ -97,7 +97,7 @@ def test_options_and_refused_configs(project, capsys):
     assert "From here on: the first 1 of " in text
     assert "most 64" not in text or "64 = 64 tokens" in text
     assert main(["check-data", "cfg.py", "--cfg-options", "train_set.max_lenght=3"]) == 2
-    assert "max_length" in capsys.readouterr().out
+    assert "did you mean 'max_length'" in capsys.readouterr().err
 
 
 def test_a_bad_row_is_told_as_in_training(project, capsys):
