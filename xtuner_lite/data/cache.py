@@ -156,7 +156,7 @@ class DataCache:
         with lock:
             if (kept := self._kept(entry, name)) is not None:
                 return kept
-            self._sweep()
+            self._sweep(entry)
             _say(f"data cache: {name} {self._why(key, name)}; kept in {entry}")
             return self._build(entry, key, name, build)
 
@@ -220,13 +220,15 @@ class DataCache:
             f"on, {_LATER}."
         )
 
-    def _sweep(self) -> None:
-        """Removes what a killed process left: half-built folders whose lock nobody holds."""
+    def _sweep(self, entry: Path) -> None:
+        """Removes what a killed process left: half-built folders whose lock nobody else holds."""
         for left in self.root.glob(f"{_ASIDE}*"):
-            owner = left.name.removeprefix(_ASIDE).rpartition("-")[0]
-            lock = FileLock(f"{self.root / owner}.lock")
+            owner = self.root / left.name.removeprefix(_ASIDE).rpartition("-")[0]
+            if owner == entry:  # its lock is ours
+                shutil.rmtree(left, ignore_errors=True)
+                continue
             with contextlib.suppress(Timeout, OSError):
-                with lock.acquire(timeout=0):
+                with FileLock(f"{owner}.lock").acquire(timeout=0):
                     shutil.rmtree(left, ignore_errors=True)
 
     def _why(self, key: CacheKey, name: str) -> str:
