@@ -172,7 +172,7 @@ def array_rows(window: JsonWindow) -> Iterator[RawRow]:
         try:
             value = window.value()
         except BadJson as error:
-            yield error.line, None, f"{error}; {_REST}"
+            yield line if error.line == last else error.line, None, f"{error}; {_REST}"
             return
         yield line, value, None
         found = window.peek()
@@ -183,7 +183,8 @@ def array_rows(window: JsonWindow) -> Iterator[RawRow]:
             reason = f"not valid JSON: expected ',' or ']', found {what}"
             if not found and window.error:
                 reason = window.error
-            yield window.line, None, f"{reason}; {_REST}"
+            here = window.line if window.line != last else number + 1 << _LINE_BITS | last
+            yield here, None, f"{reason}; {_REST}"
             return
         window.skip()
 
