@@ -25,8 +25,12 @@ def test_the_mean_is_over_units_not_batches():
 
 def test_metrics_of_the_method_keep_their_own_count():
     outputs = (
-        LossOutput(torch.tensor(1.0), 2, {"hits": torch.tensor(1.0), "share": (torch.tensor(3.0), 4)}),
-        LossOutput(torch.tensor(1.0), 2, {"hits": torch.tensor(2.0), "share": (torch.tensor(1.0), 4)}),
+        LossOutput(
+            torch.tensor(1.0), 2, {"hits": torch.tensor(1.0), "share": (torch.tensor(3.0), 4)}
+        ),
+        LossOutput(
+            torch.tensor(1.0), 2, {"hits": torch.tensor(2.0), "share": (torch.tensor(1.0), 4)}
+        ),
     )
     assert fed(MeanLoss(), *outputs) == {"loss": 0.5, "hits": 0.75, "share": 0.5}
 
