@@ -61,7 +61,7 @@ def test_a_second_run_reads_no_row_and_sees_the_same(tmp_path, data, said, monke
     monkeypatch.setattr("xtuner_lite.data.dataset.encode_chunks", None)  # nothing is encoded
     second = make(data, str(tmp_path / "c"))
     assert "is taken from" in said[1]
-    assert isinstance(second._rows.input_ids, np.memmap)
+    assert isinstance(second._packed.rows.input_ids, np.memmap)
     assert first.ledger == second.ledger
     assert "recognised as 'alpaca'" in second.ledger.notes[0]
     for a, b in zip(first, second, strict=True):
@@ -86,7 +86,7 @@ def test_cached_or_not_the_samples_and_the_fingerprint_are_the_same(tmp_path, mo
     for a, b in zip(kept, plain, strict=True):
         assert a["loss_weights"].tolist() == b["loss_weights"].tolist()
     again = pickle.loads(pickle.dumps(kept))  # as a spawned worker gets it
-    assert isinstance(again._rows.input_ids, np.memmap)
+    assert isinstance(again._packed.rows.input_ids, np.memmap)
     assert again[0]["input_ids"].tolist() == kept[0]["input_ids"].tolist()
 
 
@@ -216,7 +216,7 @@ def test_a_damaged_entry_is_made_again(tmp_path, data, said):
     assert "what changed since" in said[-1]
     assert "the entry is damaged" in said[-1]
     assert second.fingerprint == first.fingerprint
-    assert open_rows(entry).digest == first._rows.digest
+    assert open_rows(entry).digest == first._packed.rows.digest
 
 
 def test_a_failed_build_leaves_nothing(tmp_path, data):

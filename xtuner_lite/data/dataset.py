@@ -9,7 +9,6 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
 from mmengine.logging import print_log
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +21,8 @@ from xtuner_lite.data.cache import (
     make_key,
     unchanged,
 )
-from xtuner_lite.data.content import NotKeyable
+from xtuner_lite.data.choose_map_fn import map_function, recognised
+from xtuner_lite.data.content import NotKeyable, function_digest
 from xtuner_lite.data.contract import DataContract
 from xtuner_lite.data.encode import (
     ON_BAD_ROW,
@@ -32,17 +32,13 @@ from xtuner_lite.data.encode import (
     RowEncoder,
     join_chunks,
 )
-from xtuner_lite.data.fingerprint import array_digest
-from xtuner_lite.data.json_window import show_position
 from xtuner_lite.data.ledger import Ledger
-from xtuner_lite.data.map_fns.recognise import NUM_LOOKED_AT, recognise
 from xtuner_lite.data.overlong import OVERLONG, Overlong
 from xtuner_lite.data.packing import Packing, check_packing, pack
 from xtuner_lite.data.parallel import encode_chunks
-from xtuner_lite.data.sources import Row, open_sources
-from xtuner_lite.data.store import rows_digest
+from xtuner_lite.data.samples import PackedRows
+from xtuner_lite.data.sources import open_sources
 from xtuner_lite.registry import DATASETS, MAP_FNS
-from xtuner_lite.structures import IGNORE_INDEX
 from xtuner_lite.templates.adapter import ChatTemplate
 from xtuner_lite.templates.apply import apply_template
 from xtuner_lite.templates.layout import TRAIN_ON, TrainOn
@@ -120,13 +116,13 @@ class ChatDataset(Dataset):
         template: str | dict[str, Any] | None = None,
         data_contract: DataContract | dict[str, Any] | None = None,
     ) -> None:
-        _check_options(max_length, packing, overlong, train_on, on_bad_row, num_proc, limit)
+        check_options(max_length, packing, overlong, train_on, on_bad_row, num_proc, limit)
         contract = DataContract.of(data_contract)
         notes: list[str] = []
         if template is not None:
             tokenizer = apply_template(copy.deepcopy(tokenizer), template)
             notes.append("a template of its own; the model is exported with the tokenizer's")
-        self.name = name or _name_of(data)
+        self.name = name or name_of(data)
         self.max_length = max_length
         options: dict[str, Any] = dict(
             max_length=None if packing == "concat" else max_length,
@@ -135,21 +131,19 @@ class ChatDataset(Dataset):
             train_thinking=train_thinking,
             on_bad_row=on_bad_row,
         )
-        self._rows = self._prepared(data, tokenizer, map_fn, options, limit, num_proc, cache)
-        self.ledger = self._rows.ledger
+        rows = self._prepared(data, tokenizer, map_fn, options, limit, num_proc, cache)
+        self.ledger = rows.ledger
         self.ledger.name = self.name
         self.ledger.notes += notes
-        _check_usable(self.ledger, max_length)
-        self._row_start = np.concatenate([[0], np.cumsum(self._rows.lengths)])
-        self._packs = kept_packs(
-            self._rows,
-            f"{packing}-{max_length}",
-            lambda: pack(self._rows.lengths, max_length, packing),
+        check_usable(self.ledger, max_length)
+        packs = kept_packs(
+            rows, f"{packing}-{max_length}", lambda: pack(rows.lengths, max_length, packing)
         )
-        self.lengths = self._packs.lengths
-        self._count_cut_targets()
-        self.ledger.num_samples = len(self._packs)
-        self.ledger.capacity = 0 if packing == "none" else len(self._packs) * (max_length or 0)
+        self._packed = PackedRows(rows, packs)
+        self.lengths = packs.lengths
+        self.ledger.lose_supervised(self._packed.num_cut_targets())
+        self.ledger.num_samples = len(packs)
+        self.ledger.capacity = 0 if packing == "none" else len(packs) * (max_length or 0)
         self.ledger.check()
         contract.check(self.ledger)
 
@@ -186,13 +180,12 @@ class ChatDataset(Dataset):
         if cache is False:
             return _in_memory(build, self.name)
         kept = DataCache(cache_root(cache))
-        keyed = {**options, "limit": limit, "dataset": type(self).__qualname__}
         try:
             key = make_key(
                 sources,
                 map_fn="auto" if function is None else function,
                 tokenizer=tokenizer,
-                options=keyed,
+                options={**options, "limit": limit, "dataset": function_digest(type(self))},
                 memory=kept.memory,
             )
         except NotKeyable as error:
@@ -202,12 +195,6 @@ class ChatDataset(Dataset):
             print_log(why, logger="current", level=logging.INFO)
             return _in_memory(build, self.name)
         return kept.rows(key, self.name, build)
-
-    def _count_cut_targets(self) -> None:
-        """A row cut in two (packing="concat") loses the target at the start of each later piece."""
-        inside = self._packs.start > 0  # the first token of a row is never a target
-        first = self._row_start[self._packs.row[inside]] + self._packs.start[inside]
-        self.ledger.lose_supervised(int(self._rows.learnt[first].sum()))
 
     def _needs_template(self, map_fn: MapFn) -> bool:
         return map_fn is not MAP_FNS.get("pretrain")
@@ -219,41 +206,17 @@ class ChatDataset(Dataset):
 
     def __len__(self) -> int:
         """Samples after packing."""
-        return len(self._packs)
+        return len(self._packed)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
-        packs, rows = self._packs, self._rows
-        index %= len(self)
-        pieces = range(packs.sample[index], packs.sample[index + 1])
-        row = packs.row[pieces.start : pieces.stop]
-        start = self._row_start[row] + packs.start[pieces.start : pieces.stop]
-        end = self._row_start[row] + packs.end[pieces.start : pieces.stop]
-        input_ids = _gather(rows.input_ids, start, end)
-        learnt = _gather(rows.learnt, start, end)
-        lengths = end - start
-        learnt[np.concatenate([[0], np.cumsum(lengths)[:-1]])] = False
-        sample: dict[str, Any] = {
-            "input_ids": input_ids,
-            "labels": np.where(learnt, input_ids, np.int32(IGNORE_INDEX)),
-            "lengths": lengths.tolist(),
-            "row_ids": [self._row_id(r) for r in row],
-        }
-        if rows.weights is not None:
-            sample["loss_weights"] = _gather(rows.weights, start, end)
-        return sample
+        return self._packed.sample(index % len(self))
 
     @property
     def fingerprint(self) -> str:
         """Digest of every token, mask and pack: equal exactly where training would see the same."""
-        packs = self._packs
-        arrays = (packs.row, packs.start, packs.end, packs.sample)
-        return array_digest(np.concatenate([*arrays, list(rows_digest(self._rows).encode())]))
-
-    def _row_id(self, row: int) -> str:
-        position = show_position(int(self._rows.line[row]))
-        return f"{self._rows.sources[self._rows.source[row]]}:{position}"
+        return self._packed.fingerprint
 
 
 @DATASETS.register_module()
@@ -304,11 +267,7 @@ class TextDataset(ChatDataset):
         return False
 
 
-def _gather(flat: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    return np.concatenate([flat[s:e] for s, e in zip(start, end)])
-
-
-def _check_options(
+def check_options(
     max_length: int | None,
     packing: str,
     overlong: str,
@@ -334,7 +293,7 @@ def _check_options(
         raise ValueError(f"num_proc={num_proc!r} is too small; at least 1 process encodes")
 
 
-def _name_of(data: Any) -> str:
+def name_of(data: Any) -> str:
     if isinstance(data, Mapping):
         return str(data.get("path", "dataset"))
     if isinstance(data, (list, tuple)) and data and not isinstance(data[0], Mapping):
@@ -361,45 +320,7 @@ def _then(chunks: Iterable[EncodedRows], check: Callable[[], None]) -> Iterator[
     check()
 
 
-def recognised(rows: Iterator[Row], name: str) -> tuple[MapFn, Iterator[Row], list[str]]:
-    """The map function for rows of a known format, all the rows again, and why that one."""
-    head = list(islice(rows, NUM_LOOKED_AT))
-    good = [row.data for row in head if row.error is None]
-    if not good and head:
-        bad = head[0]
-        raise ValueError(
-            f"{name}: none of the first {len(head)} rows can be read; the first: "
-            f"{bad.place}: {bad.error}. Correct the file."
-        )
-    map_fn, why, warning = recognise(good, name)
-    print_log(why, logger="current", level=logging.INFO)
-    if warning:
-        print_log(warning, logger="current", level=logging.WARNING)
-    return MAP_FNS.get(map_fn), chain(head, rows), [why, warning] if warning else [why]
-
-
-def map_function(map_fn: Any) -> MapFn:
-    """The function that a registered name, a function or dict(type=..., keyword=...) stands for."""
-    if isinstance(map_fn, Mapping):
-        keywords = {key: value for key, value in map_fn.items() if key != "type"}
-        function = map_fn["type"]
-        function = MAP_FNS.get(function) if isinstance(function, str) else function
-        return partial(_unlazy(function), **keywords)
-    return MAP_FNS.get(map_fn) if isinstance(map_fn, str) else _unlazy(map_fn)
-
-
-def _unlazy(function: Any) -> Callable[..., Any]:
-    if not callable(function) and hasattr(function, "build"):  # mmengine's LazyObject
-        function = function.build()
-    if not callable(function):
-        raise TypeError(
-            f"map_fn={function!r} cannot be called; give 'auto', a name "
-            "(xtuner-lite list map_fns), or a function from a row to dict(messages=...)"
-        )
-    return function
-
-
-def _check_usable(ledger: Ledger, max_length: int | None) -> None:
+def check_usable(ledger: Ledger, max_length: int | None) -> None:
     """Raises ValueError if no row can be learnt from, with the reasons and how to go on."""
     if ledger.rows_kept:
         return
