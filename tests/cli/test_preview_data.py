@@ -21,6 +21,7 @@ def test_one_row(project, capsys):
     text = capsys.readouterr().out
     assert "data.json:3, " in text
     assert "What is 1 plus two?" in text
+    assert text.count("--- segment ") == 1  # the others in its pack are left out
     assert main(["preview-data", "cfg.py", "--row", "data.json:99"]) == 1
     error = capsys.readouterr().err
     assert "no sample holds the row 'data.json:99'; rows are called like data.json:" in error

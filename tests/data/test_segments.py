@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from xtuner_lite.data.segments import has_tokens, samples_with_row, segments_of, walk_segments
+from xtuner_lite.data.segments import (
+    has_tokens,
+    rows_alone,
+    samples_with_row,
+    segments_of,
+    walk_segments,
+)
 
 SAMPLE = {
     "input_ids": np.array([5, 6, 7, 8, 9]),
@@ -59,3 +65,11 @@ def test_rows_are_found_by_their_name_or_its_end():
         KeyError, match=r"no sample holds the row '12'; rows are called like folder"
     ):
         samples_with_row([other, SAMPLE], "12")
+
+
+def test_a_row_alone():
+    alone = rows_alone(SAMPLE, ":12")
+    assert alone["input_ids"].tolist() == [8, 9]
+    assert alone["labels"].tolist() == [-100, 9]
+    assert alone["loss_weights"].tolist() == [1, 2]
+    assert (alone["lengths"], alone["row_ids"]) == ([2], ["folder/a.json:12"])

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-n", type=int, default=None, metavar="N", help="samples shown (default: 2, a page 20)"
     )
     parser.add_argument(
-        "--row", metavar="ID", help="the samples with this row: 'data.json:12', or its end ':12'"
+        "--row",
+        metavar="ID",
+        help="only this row: 'data.json:12', or its end ':12' (a page shows its whole sample)",
     )
     parser.add_argument("--data", choices=_LOADERS, default="train", help="which data (train)")
     parser.add_argument(
@@ -63,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     from xtuner_lite.data.preview import render_preview
     from xtuner_lite.data.preview_html import render_page
+    from xtuner_lite.data.segments import rows_alone
     from xtuner_lite.runner.runner import Runner
 
     runner = Runner.from_cfg(cfg)
@@ -82,9 +85,10 @@ def run(args: argparse.Namespace) -> int:
         args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     )
     for label, index in chosen:
-        text = render_preview(
-            loader.dataset[index], runner.tokenizer, color=color, max_tokens=args.max_tokens
-        )
+        sample = loader.dataset[index]
+        if args.row is not None:
+            sample = rows_alone(sample, args.row)
+        text = render_preview(sample, runner.tokenizer, color=color, max_tokens=args.max_tokens)
         print(f"{label}\n{text}\n")
     return 0
 

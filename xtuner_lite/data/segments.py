@@ -132,6 +132,20 @@ def samples_with_row(dataset: Any, row_id: str) -> list[int]:
     return found
 
 
+def rows_alone(sample: dict[str, Any], row_id: str) -> dict[str, Any]:
+    """The sample with only the segments of one row, see samples_with_row."""
+    chosen = [s for s in segments_of(sample) if _names_row(str(s.row_id), row_id)]
+    alone = {
+        "input_ids": np.concatenate([segment.input_ids for segment in chosen]),
+        "labels": np.concatenate([segment.labels for segment in chosen]),
+        "lengths": [len(segment) for segment in chosen],
+        "row_ids": [segment.title for segment in chosen],
+    }
+    if sample.get("loss_weights") is not None:
+        alone["loss_weights"] = np.concatenate([segment.weights for segment in chosen])
+    return alone
+
+
 def _names_row(name: str, wanted: str) -> bool:
     if name == wanted:
         return True
