@@ -287,9 +287,33 @@ def test_the_encoder_of_plain_text_refuses_conversations():
 
 def test_the_fingerprint_is_that_of_the_tokens_and_their_mask():
     def fingerprint(answer, **options):
-        row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]}
+        row = {
+            "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+        }
         return ChatDataset([row], tokenizer=tiny_tokenizer(), max_length=64, **options).fingerprint
 
     assert fingerprint("b") == fingerprint("b")
     assert fingerprint("b") != fingerprint("c")
     assert fingerprint("b") != fingerprint("b", train_on="all")
+
+
+def test_thinking_is_read_not_learnt_and_counted():
+    thought = {"role": "assistant", "content": "Hello", "reasoning_content": "They greet."}
+    rows = [{"messages": [{"role": "user", "content": "Hi"}, thought]}]
+    tokenizer = tiny_tokenizer()
+    dropped = ChatDataset(rows, tokenizer=tokenizer, packing="none")
+    assert (dropped.ledger.rows_with_thinking, dropped.ledger.rows_thinking_unwritten) == (1, 1)
+    assert "rows with thinking" in dropped.ledger.report()
+    written = {}
+    for train_thinking in (False, True):
+        dataset = ChatDataset(
+            rows, tokenizer=tokenizer, packing="none", template="chatml",
+            train_thinking=train_thinking,
+        )  # fmt: skip
+        assert dataset.ledger.rows_thinking_unwritten == 0
+        labels = dataset[0]["labels"]
+        written[train_thinking] = tokenizer.decode(labels[labels != -100])
+    assert written == {
+        False: "<think>\n\n</think>\n\nHello<|im_end|>",
+        True: "<think>\nThey greet.\n</think>\n\nHello<|im_end|>",
+    }
