@@ -172,9 +172,11 @@ class RowEncoder:
                 eos_learnt=eos_learnt,
                 eos_cut=encoded.eos_learnt and not eos_learnt,
             )
-            if chat is not None and chat.tools:
-                assert self.template is not None
-                ledger.offer_tools(written=self.template.shows["tools"])
+            if chat is not None and self.template is not None:
+                if chat.tools:
+                    ledger.offer_tools(written=self.template.shows["tools"])
+                if any(message.get("reasoning_content") for message in chat.messages):
+                    ledger.show_thinking(written=self.template.shows["thinking"])
         return _flatten(kept, ledger)
 
     def _fit(self, row: Row, chat: _Chat | None, encoded: Encoded) -> list[Encoded]:

@@ -10,8 +10,8 @@ NUM_EXAMPLES = 3
 
 _SUMS = (
     "rows_read", "rows_kept", "rows_truncated", "rows_split", "rows_eos_learnt", "rows_eos_cut",
-    "rows_with_tools", "rows_tools_unwritten", "tokens_encoded", "tokens_truncated",
-    "tokens_repeated", "tokens", "supervised_encoded", "supervised_truncated", "tokens_supervised",
+    "rows_with_tools", "rows_tools_unwritten", "rows_with_thinking", "rows_thinking_unwritten",
+    "tokens_encoded", "tokens_truncated", "tokens_repeated", "tokens", "supervised_encoded", "supervised_truncated", "tokens_supervised",
 )  # fmt: skip
 _PLAIN = (*_SUMS, "name", "num_samples", "capacity")
 
@@ -51,6 +51,10 @@ class Ledger:
     """Kept rows that offer tools."""
     rows_tools_unwritten: int = 0
     """Those of them whose tools the template does not write: the model never sees them."""
+    rows_with_thinking: int = 0
+    """Kept rows with reasoning_content in an answer."""
+    rows_thinking_unwritten: int = 0
+    """Those of them whose thinking the template does not write: the model never sees it."""
     tokens_encoded: int = 0
     """Tokens of the kept rows as the template wrote them."""
     tokens_truncated: int = 0
@@ -117,6 +121,11 @@ class Ledger:
         """Counts one kept row that offers tools, and whether the template writes them."""
         self.rows_with_tools += 1
         self.rows_tools_unwritten += not written
+
+    def show_thinking(self, written: bool) -> None:
+        """Counts one kept row with reasoning_content, and whether the template writes it."""
+        self.rows_with_thinking += 1
+        self.rows_thinking_unwritten += not written
 
     def lose_supervised(self, num_tokens: int) -> None:
         """Counts learnt tokens that a cut between samples takes the label of."""
@@ -217,6 +226,10 @@ class Ledger:
         lines += self._if_any("rows with tools", "rows_with_tools", self.rows_kept)
         lines += self._if_any(
             "  not written by the template!", "rows_tools_unwritten", self.rows_kept
+        )
+        lines += self._if_any("rows with thinking", "rows_with_thinking", self.rows_kept)
+        lines += self._if_any(
+            "  not written by the template!", "rows_thinking_unwritten", self.rows_kept
         )
         lines.append(_line("tokens cut off", self.tokens_truncated, self.tokens_encoded))
         lines += self._if_any("  supervised ones", "supervised_truncated", self.supervised_encoded)
