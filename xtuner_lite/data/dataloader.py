@@ -128,9 +128,20 @@ class StepDataLoader:
     @cached_property
     def order_digest(self) -> str:
         """Equal where sampler and seed give the same order of samples."""
-        return array_digest(self.plan.sampler.order(0))
+        order = self.plan.sampler.order(0)
+        return repr(order) if isinstance(order, range) else array_digest(order)
+
+    @property
+    def endless(self) -> bool:
+        """Whether the data is a stream, which has no epochs."""
+        return getattr(self.dataset, "endless", False)
 
     def __iter__(self) -> Iterator[list[Batch]]:
+        if self.endless:
+            raise ValueError(
+                "a stream cannot be read to its end, and so not be evaluated on: give ChatDataset "
+                "here, with limit=N for the first N rows"
+            )
         return self.steps(0, len(self))
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
@@ -209,7 +220,7 @@ def build_dataloader(
     group_size = batch_size * accumulative_counts * world_size
     sampler = SAMPLERS.build(
         sampler or dict(type=EpochSampler),
-        num_samples=len(dataset),
+        num_samples=getattr(dataset, "samples_per_epoch", None) or len(dataset),
         shuffle=shuffle,
         seed=seed,
         dataset=dataset,

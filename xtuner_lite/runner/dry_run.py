@@ -30,7 +30,7 @@ def dry_run(cfg: Config) -> int:
     runner = Runner.from_cfg(cfg)
     loader = runner.prepare_data()
     dataset, order = loader.dataset, loader.sampler.order(0)
-    for number in range(min(_NUM_PREVIEWS, len(dataset))):
+    for number in range(min(_NUM_PREVIEWS, loader.sampler.num_samples)):
         index = int(order[number])
         print(f"\nSample {index}, number {number + 1} in the order of training:")
         print(render_preview(dataset[index], runner.tokenizer, color=sys.stdout.isatty()))
@@ -49,6 +49,8 @@ def describe_run_size(cfg: Config, loader: StepDataLoader) -> str:
     if lengths is not None:  # by the order: an epoch of a mixture repeats some samples
         num_tokens = int(np.asarray(lengths)[loader.sampler.order(0)].sum())
         tokens = f", {num_tokens:,} tokens an epoch"
+    if getattr(loader, "endless", False):
+        return f"a stream; {plan.group_size} samples in an optimizer step, {max_iters:,} steps"
     return (
         f"{plan.sampler.num_samples:,} samples{tokens}\n"
         f"{plan.group_size} samples in an optimizer step (batch_size {plan.batch_size} x "

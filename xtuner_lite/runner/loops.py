@@ -54,6 +54,11 @@ class TrainLoop:
             raise ValueError(
                 f"train_cfg: max_epochs={max_epochs}, max_iters={max_iters} must be positive"
             )
+        if max_epochs is not None and getattr(dataloader, "endless", False):
+            raise ValueError(
+                f"train_cfg has max_epochs={max_epochs}, and the training data is a stream, which "
+                "has no epochs; set max_iters (optimizer steps)"
+            )
         self.runner = runner
         self.dataloader = dataloader
         steps = len(dataloader)
