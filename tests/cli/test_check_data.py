@@ -113,3 +113,20 @@ def test_the_name_of_xtuner(project, alias, capsys):
     assert main([alias, "cfg.py"]) == 0
     assert "== train_dataloader" in capsys.readouterr().out
     assert json.loads((project / "data.json").read_text())
+
+
+def test_a_stream(project, capsys):
+    with (project / "cfg.py").open("a") as file:
+        file.write("from xtuner_lite.data.stream import StreamDataset\n")
+        file.write("train_set.update(type=StreamDataset, cache=False)\n")
+        file.write("train_dataloader.update(dataset=train_set)\n")
+        file.write("train_cfg = dict(max_iters=7)\n")
+    assert main(["check-data", "cfg.py", "--samples", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "From here on: the first 2 samples of a stream" in text
+    assert "a stream; 1 samples in an optimizer step, 7 steps" in text
+    assert main(["data", "at-step", "cfg.py", "3"]) == 0
+    assert "step 3: of a stream; 1 sample(s)\n" in capsys.readouterr().out
+    assert main(["preview-data", "cfg.py", "-n", "1"]) == 0
+    assert main(["data", "diff", "cfg.py", "cfg.py"]) == 1
+    assert "a stream has no end, so not all of it can be looked at" in capsys.readouterr().err

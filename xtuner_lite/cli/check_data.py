@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 HELP = "report on a config's data: counts, lengths, duplicates, empty answers, steps"
 ALIAS = "check-custom-dataset"
 
+#: Samples of a stream that are looked at without --samples.
+_NUM_OF_STREAM = 200
 _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
 
@@ -28,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples",
         type=int,
         metavar="N",
-        help="look into the first N packed samples only (the ledger always counts all)",
+        help="look into the first N packed samples only (all; 200 of a stream). The ledger counts "
+        "all rows",
     )
 
 
@@ -39,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if cfg is None:
         return 2
     from xtuner_lite.data.report import examine, format_overlap
+    from xtuner_lite.data.segments import is_endless
     from xtuner_lite.runner.dry_run import describe_run_size
     from xtuner_lite.runner.runner import Runner
 
@@ -48,8 +52,9 @@ def run(args: argparse.Namespace) -> int:
         if name != "train_dataloader" and cfg.get(name) is None:
             continue
         loader = runner.prepare_data(name)
-        report = examine(loader.dataset, runner.tokenizer, args.samples)
-        print(f"== {name}\n\n{_describe(loader, report, args.samples)}\n")
+        limit = args.samples or (_NUM_OF_STREAM if is_endless(loader.dataset) else None)
+        report = examine(loader.dataset, runner.tokenizer, limit)
+        print(f"== {name}\n\n{_describe(loader, report, limit)}\n")
         if name == "train_dataloader":
             train = report
             print(f"{describe_run_size(cfg, loader)}\n{_describe_batch(loader)}\n")
@@ -61,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def _describe(loader: StepDataLoader, report: DataReport | None, limit: int | None) -> str:
     """The ledger of a data set, if it has one, and what its samples hold."""
     from xtuner_lite.data.report import format_report
+    from xtuner_lite.data.segments import is_endless
 
     dataset = loader.dataset
     parts = []
@@ -74,7 +80,9 @@ def _describe(loader: StepDataLoader, report: DataReport | None, limit: int | No
             "without input_ids and labels there are no tokens to report on"
         )
         return "\n\n".join(parts)
-    if limit is not None and report.num_samples < len(dataset):
+    if is_endless(dataset):
+        parts.append(f"From here on: the first {report.num_samples:,} samples of a stream")
+    elif limit is not None and report.num_samples < len(dataset):
         parts.append(f"From here on: the first {report.num_samples:,} of {len(dataset):,} samples")
     num_pieces = len(report.lengths) - getattr(ledger, "rows_kept", len(report.lengths))
     if num_pieces > 0 and limit is None:
@@ -86,11 +94,13 @@ def _describe(loader: StepDataLoader, report: DataReport | None, limit: int | No
 
 
 def _describe_batch(loader: StepDataLoader) -> str:
-    """The largest micro-batch of the first epoch: its shape and the memory of its tensors."""
+    """The largest micro-batch of the first epoch, or of a stream's first step, and its memory."""
+    from xtuner_lite.data.segments import is_endless
+
     dataset = loader.dataset
     lengths = getattr(dataset, "lengths", None)
     largest, most = None, -1
-    for step in range(len(loader)):
+    for step in range(1 if is_endless(dataset) else len(loader)):
         for tickets in loader.plan.micro_batches(step):
             size = 0
             if lengths is not None:

@@ -126,15 +126,17 @@ def _at_step(args: argparse.Namespace) -> int:
     if prepared is None:
         return 2
     from xtuner_lite.data.preview import render_preview
-    from xtuner_lite.data.segments import has_tokens, segments_of
+    from xtuner_lite.data.segments import has_tokens, is_endless, segments_of
 
     loader, tokenizer = prepared
     samples = loader.samples_of_step(args.step - 1)
     epoch = (args.step - 1) // len(loader)
-    print(
-        f"step {args.step:,}: epoch {epoch + 1}, step {(args.step - 1) % len(loader) + 1:,} of "
-        f"{len(loader):,} in it; {len(samples)} sample(s)"
+    place = (
+        f"epoch {epoch + 1}, step {(args.step - 1) % len(loader) + 1:,} of {len(loader):,} in it"
     )
+    if is_endless(loader.dataset):
+        place = "of a stream"
+    print(f"step {args.step:,}: {place}; {len(samples)} sample(s)")
     for index, sample in samples:
         if not has_tokens(sample):
             print(f"  sample {index}: rows {', '.join(map(str, sample.get('row_ids', [])))}")

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     from xtuner_lite.data.preview import render_preview
     from xtuner_lite.data.preview_html import render_page
-    from xtuner_lite.data.segments import rows_alone
+    from xtuner_lite.data.segments import is_endless, rows_alone
     from xtuner_lite.runner.runner import Runner
 
     runner = Runner.from_cfg(cfg)
@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
         page = render_page(samples, runner.tokenizer, title=title, ledger=ledger)
         args.html.parent.mkdir(parents=True, exist_ok=True)
         args.html.write_text(page, encoding="utf-8")
-        print(f"wrote {len(samples)} of {len(loader.dataset)} samples to {args.html}")
+        whole = "" if is_endless(loader.dataset) else f" of {len(loader.dataset)}"
+        print(f"wrote {len(samples)}{whole} samples to {args.html}")
         return 0
     color = args.color == "always" or (
         args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")

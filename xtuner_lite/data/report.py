@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from xtuner_lite.data.segments import Segment, has_tokens, segments_of
+from xtuner_lite.data.segments import Segment, has_tokens, num_samples, segments_of
 
 #: Rows named in each list of the report.
 NUM_NAMED = 5
@@ -61,7 +61,7 @@ def examine(
     lengths: list[int] = []
     learnt: list[int] = []
     longest: list[tuple[int, int, str]] = []
-    for index in range(len(dataset) if limit is None else min(limit, len(dataset))):
+    for index in range(num_samples(dataset, limit)):
         sample = dataset[index]
         if not has_tokens(sample):
             return None

@@ -102,9 +102,29 @@ def walk_segments(dataset: Any, limit: int | None = None) -> Iterator[Segment]:
         dataset: has ``len`` and indexing.
         limit: samples read at most; None reads all.
     """
-    size = len(dataset) if limit is None else min(limit, len(dataset))
-    for index in range(size):
+    for index in range(num_samples(dataset, limit)):
         yield from segments_of(dataset[index], index)
+
+
+def is_endless(dataset: Any) -> bool:
+    """Whether a data set is a stream: indexed from 0 on, without a length."""
+    return bool(getattr(dataset, "endless", False))
+
+
+def num_samples(dataset: Any, limit: int | None = None) -> int:
+    """Samples to look at: all of a data set, or at most ``limit``.
+
+    Raises:
+        ValueError: a stream, which has no end, without a limit.
+    """
+    if not is_endless(dataset):
+        return len(dataset) if limit is None else min(limit, len(dataset))
+    if limit is None:
+        raise ValueError(
+            "a stream has no end, so not all of it can be looked at; give ChatDataset in its "
+            "place, with limit=N for the first N rows"
+        )
+    return limit
 
 
 def samples_with_row(dataset: Any, row_id: str) -> list[int]:
@@ -118,7 +138,7 @@ def samples_with_row(dataset: Any, row_id: str) -> list[int]:
         KeyError: no sample holds it; a few row ids that exist are in the message.
     """
     found, seen = [], []
-    for index in range(len(dataset)):
+    for index in range(num_samples(dataset)):
         row_ids = [str(name) for name in dataset[index].get("row_ids") or []]
         seen += row_ids[: max(0, 3 - len(seen))]
         if any(_names_row(name, row_id) for name in row_ids):
