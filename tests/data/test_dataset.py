@@ -317,3 +317,12 @@ def test_thinking_is_read_not_learnt_and_counted():
         False: "<think>\n\n</think>\n\nHello<|im_end|>",
         True: "<think>\nThey greet.\n</think>\n\nHello<|im_end|>",
     }
+
+
+def test_the_map_functions_older_name_is_understood_alone():
+    rows = [{"instruction": "a", "output": "b"}]
+    options = dict(tokenizer=tiny_tokenizer(), max_length=64)
+    by_name = ChatDataset(rows, dataset_map_fn="alpaca", **options)
+    assert by_name.fingerprint == ChatDataset(rows, map_fn="alpaca", **options).fingerprint
+    with pytest.raises(ValueError, match="two names of one option"):
+        ChatDataset(rows, map_fn="alpaca", dataset_map_fn="auto", **options)

@@ -58,6 +58,7 @@ class ChatDataset(Dataset):
         data: path, folder, glob, hub id; a list of them; a list of dicts; a datasets.Dataset; or
             dict(type=load_dataset, ...). See docs/howto.
         tokenizer: with a chat template, unless the data is plain text. Given by the Runner.
+        dataset_map_fn: XTuner's name of map_fn; give one of the two.
         map_fn: "auto", a registered name (xtuner-lite list map_fns), a function from a row (dict)
             to dict(messages=..., tools=...) or dict(text=...), or dict(type=..., keyword=...).
         max_length: tokens of one packed sample, and the most that is kept of one row. None: no
@@ -115,7 +116,15 @@ class ChatDataset(Dataset):
         name: str | None = None,
         template: str | dict[str, Any] | None = None,
         data_contract: DataContract | dict[str, Any] | None = None,
+        dataset_map_fn: str | Callable[..., Any] | dict[str, Any] | None = None,
     ) -> None:
+        if dataset_map_fn is not None:
+            if map_fn != "auto":
+                raise ValueError(
+                    f"map_fn={map_fn!r} and dataset_map_fn={dataset_map_fn!r} are two names of one "
+                    "option; give one of them"
+                )
+            map_fn = dataset_map_fn
         check_options(max_length, packing, overlong, train_on, on_bad_row, num_proc, limit)
         contract = DataContract.of(data_contract)
         notes: list[str] = []
