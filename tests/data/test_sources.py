@@ -134,9 +134,7 @@ def test_a_folder_saved_by_datasets(tmp_path):
     assert numbers(str(tmp_path / "two")) == [0, 1, 2, 3, 4]
     assert numbers(str(tmp_path / "two" / "test")) == [0, 1, 2, 3, 4]
     datasets.DatasetDict(a=rows).save_to_disk(tmp_path / "three")
-    with pytest.raises(
-        ValueError, match="none called .train.; name the folder of one.*three/a"
-    ):
+    with pytest.raises(ValueError, match="none called .train.; name the folder of one.*three/a"):
         numbers(str(tmp_path / "three"))
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(ValueError, match="is not whole.*Save it again"):

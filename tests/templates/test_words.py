@@ -55,9 +55,36 @@ KINDS = {
 
 
 def random_text(rng):
-    pieces = ["Who", " are", "you", "'s", "'S", " ", "  ", "\n", "\n\n", "\r\n", "\t", "12", "7", "...",
-              "<|im_end|>", "<|im_start|>", "<|im_", "|>", "Hello", "WORLD's", "caT", "\x00", "\x1c",
-              "\x7f", "!", "/", "é", "猫"]  # fmt: skip
+    pieces = [
+        "Who",
+        " are",
+        "you",
+        "'s",
+        "'S",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\r\n",
+        "\t",
+        "12",
+        "7",
+        "...",
+        "<|im_end|>",
+        "<|im_start|>",
+        "<|im_",
+        "|>",
+        "Hello",
+        "WORLD's",
+        "caT",
+        "\x00",
+        "\x1c",
+        "\x7f",
+        "!",
+        "/",
+        "é",
+        "猫",
+    ]
     pieces += [
         "\u3000",
         "\x85",

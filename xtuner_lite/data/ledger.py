@@ -11,7 +11,8 @@ NUM_EXAMPLES = 3
 _SUMS = (
     "rows_read", "rows_kept", "rows_truncated", "rows_split", "rows_eos_learnt", "rows_eos_cut",
     "rows_with_tools", "rows_tools_unwritten", "rows_with_thinking", "rows_thinking_unwritten",
-    "tokens_encoded", "tokens_truncated", "tokens_repeated", "tokens", "supervised_encoded", "supervised_truncated", "tokens_supervised",
+    "tokens_encoded", "tokens_truncated", "tokens_repeated", "tokens",
+    "supervised_encoded", "supervised_truncated", "tokens_supervised",
 )  # fmt: skip
 _PLAIN = (*_SUMS, "name", "num_samples", "capacity")
 
