@@ -139,6 +139,8 @@ def test_a_map_function_of_ones_own():
     assert len(prefixed) == len(plain) + 1
     with pytest.raises(ValueError, match="rows:1: map function own_map_fn raised KeyError: 'q'"):
         make([{"a": "b"}], map_fn=own_map_fn)
+    with pytest.raises(ValueError, match=r"KeyError: 'q' .*test_dataset.py:\d+ in own_map_fn: "):
+        make([{"a": "b"}], map_fn=dict(type=own_map_fn, prefix="x"))
     with pytest.raises(ValueError, match="returned 'b'; it must return"):
         make(rows, map_fn=lambda row: row["a"])
     with pytest.raises(TypeError, match="map_fn=3 cannot be called"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -138,13 +140,16 @@ class RowEncoder:
         return _Chat(messages, tools, layout)
 
     def _mapped(self, row: Row) -> dict[str, Any]:
-        name = getattr(self.map_fn, "__name__", repr(self.map_fn))
+        function = self.map_fn.func if isinstance(self.map_fn, partial) else self.map_fn
+        name = getattr(function, "__name__", repr(function))
         try:
             mapped = self.map_fn(row.data)
         except (BadRow, UnusableRow):
             raise
         except Exception as error:  # a user's function may raise anything; the row is named
-            raise BadRow(f"map function {name} raised {type(error).__name__}: {error}") from error
+            raise BadRow(
+                f"map function {name} raised {type(error).__name__}: {error}{_where(error)}"
+            ) from error
         if not isinstance(mapped, dict) or not ("messages" in mapped or "text" in mapped):
             raise BadRow(
                 f"map function {name} returned {mapped!r:.60}; it must return "
@@ -241,6 +246,13 @@ class _Chat:
 def _counts(encoded: Encoded) -> tuple[int, int]:
     """(tokens, learnt tokens)."""
     return len(encoded), int(encoded.learnt.sum())
+
+
+def _where(error: Exception) -> str:
+    """The lines of a user's function that led to its error, outermost first; on one line."""
+    frames = traceback.extract_tb(error.__traceback__)[1:][-3:]
+    steps = [f"{f.filename}:{f.lineno} in {f.name}: {f.line}" for f in frames]
+    return f" ({' -> '.join(steps)})" if steps else ""
 
 
 def _flatten(kept: list[tuple[Row, Encoded]], ledger: Ledger) -> EncodedRows:
