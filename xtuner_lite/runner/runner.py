@@ -117,21 +117,12 @@ class Runner(HookContract):
         self.work_dir = str(work_dir)
         self.timestamp = time.strftime("%Y%m%d_%H%M%S")
         self.experiment_name = experiment_name or _config_name(cfg)
-        self._sections = {
-            "model": model,
-            "tokenizer": tokenizer,
-            "train_dataloader": train_dataloader,
-            "val_dataloader": val_dataloader,
-            "test_dataloader": test_dataloader,
-            "train_cfg": train_cfg,
-            "val_cfg": val_cfg,
-            "test_cfg": test_cfg,
-            "optim_wrapper": optim_wrapper,
-            "val_evaluator": val_evaluator,
-            "test_evaluator": test_evaluator,
-            "visualizer": visualizer,
-            "log_processor": log_processor,
-        }
+        self._sections = dict(
+            model=model, tokenizer=tokenizer, visualizer=visualizer, log_processor=log_processor,
+            train_dataloader=train_dataloader, train_cfg=train_cfg, optim_wrapper=optim_wrapper,
+            val_dataloader=val_dataloader, val_cfg=val_cfg, val_evaluator=val_evaluator,
+            test_dataloader=test_dataloader, test_cfg=test_cfg, test_evaluator=test_evaluator,
+        )  # fmt: skip
         self._scheduler_configs = param_scheduler
         self._load_from, self._resume, self._compile = load_from, resume, compile
         self._randomness = dict(randomness or {})
