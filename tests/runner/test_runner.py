@@ -9,6 +9,7 @@ from mmengine.hooks import Hook
 
 from tests.toy import QUIET, ToyData, ToyMethod, toy_collate, toy_config
 from xtuner_lite.engine.checkpoint import CheckpointError, list_checkpoints
+from xtuner_lite.engine.optim import OptimWrapper
 from xtuner_lite.runner.runner import Runner
 
 
@@ -315,3 +316,64 @@ def test_after_train_epoch_still_shows_the_epoch_that_ended(tmp_path):
 
     train(tmp_path, custom_hooks=[Watch()])
     assert epochs == [("begin", 0), ("end", 0, 3), ("begin", 1), ("end", 1, 6)]
+
+
+EVAL = dict(dataset=dict(type=ToyData, size=5), batch_size=2, collate_fn=dict(type=toy_collate))
+
+
+def test_val_after_train_evaluates_the_trained_model(tmp_path):
+    runner, recorder = train(tmp_path, val_dataloader=EVAL)
+    assert runner.val() == recorder.val[1]  # the validation after the last of the two epochs
+    assert recorder.val[1]["loss"] < recorder.val[0]["loss"]
+
+
+def test_val_alone_takes_the_weights_that_resume_names(tmp_path):
+    trained, recorder = train(tmp_path, val_dataloader=EVAL)
+    runner = Runner.from_cfg(toy_config(tmp_path, val_dataloader=EVAL, resume=True))
+    assert runner.val() == recorder.val[-1]
+
+
+@pytest.mark.parametrize("look", ["val", "prepare_data"])
+def test_a_look_before_training_does_not_make_it_forget_to_resume(tmp_path, look):
+    train(tmp_path, train_cfg=dict(max_iters=4))
+    recorder = Recorder()
+    config = toy_config(tmp_path, val_dataloader=EVAL, resume=True, custom_hooks=[recorder])
+    runner = Runner.from_cfg(config)
+    getattr(runner, look)()
+    runner.train()
+    assert len(recorder.losses) == 2  # steps 5 and 6
+
+
+def test_resume_on_another_frozen_base_is_refused(tmp_path):
+    class OtherBase(ToyMethod):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.linear.bias.data.fill_(0.5)
+
+    OtherBase.__name__ = "ToyMethod"
+    train(tmp_path, model=dict(type=ToyMethod, frozen_bias=True), train_cfg=dict(max_iters=2))
+    with pytest.raises(CheckpointError, match="the model under the trained weights"):
+        train(tmp_path, model=dict(type=OtherBase, frozen_bias=True), resume=True)
+
+
+def test_resume_with_another_number_of_schedules_is_refused(tmp_path):
+    train(tmp_path, param_scheduler=dict(type="WarmupCosineLR"), train_cfg=dict(max_iters=2))
+    with pytest.raises(CheckpointError, match="has 1 learning-rate schedules, this run 0"):
+        train(tmp_path, resume=True)
+
+
+def test_a_metric_of_another_contract_is_refused(tmp_path):
+    with pytest.raises(
+        TypeError, match="val_evaluator holds a DumpResults; a metric must subclass"
+    ):
+        train(
+            tmp_path,
+            val_dataloader=EVAL,
+            val_evaluator=dict(type="DumpResults", out_file_path="x.pkl"),
+        )
+
+
+def test_an_optim_wrapper_may_be_an_object(tmp_path):
+    wrapper = OptimWrapper(dict(type="AdamW", lr=0.05), accumulative_counts=3, dtype="fp32")
+    runner, recorder = train(tmp_path, optim_wrapper=wrapper)
+    assert len(recorder.losses) == 4  # 12 samples, 2 x 3 a step, 2 epochs

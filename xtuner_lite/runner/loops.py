@@ -220,6 +220,12 @@ class EvalLoop:
         )
         self.metrics: list[Metric] = [METRICS.build(dict(type="MeanLoss"))]
         self.metrics += [METRICS.build(cfg) for cfg in configs]
+        for metric in self.metrics:
+            if not isinstance(metric, Metric):
+                raise TypeError(
+                    f"{self.stage}_evaluator holds a {type(metric).__name__}; a metric must "
+                    "subclass xtuner_lite.engine.metrics.Metric (MMEngine's have another contract)"
+                )
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:

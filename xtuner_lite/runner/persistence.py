@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ _MUST_MATCH = {
     "data_fingerprint": "the training data itself",
     "data_order": "the order of the samples (sampler, seed)",
     "method": "the training method",
+    "frozen_weights": "the model under the trained weights (model.llm.path)",
     "compute_dtype": "compute dtype (optim_wrapper.dtype)",
 }
 
@@ -85,6 +87,7 @@ def describe_run(runner: Runner) -> dict[str, Any]:
         "data_fingerprint": dataset_fingerprint(runner.train_dataloader.dataset),
         "data_order": runner.train_dataloader.order_digest,
         "method": type(runner.model).__name__,
+        "frozen_weights": frozen_digest(runner.model),
     }
 
 
@@ -120,6 +123,12 @@ def resume_run(runner: Runner, path: Path) -> None:
     runner.call_hook("after_load_checkpoint", checkpoint=checkpoint)
     load_exact_weights(runner.model, checkpoint["state_dict"], path)
     runner.strategy.load_state_dict(load_state(trainer, "optimizer"))
+    if len(runner.param_schedulers) != len(state["param_schedulers"]):
+        raise CheckpointError(
+            f"{path} has {len(state['param_schedulers'])} learning-rate schedules, this run "
+            f"{len(runner.param_schedulers)}. Put param_scheduler back as it was, or start a new "
+            "run from the weights with --load-from."
+        )
     for scheduler, saved in zip(runner.param_schedulers, state["param_schedulers"], strict=True):
         scheduler.load_state_dict(saved)
     hooks = dict(_stateful_hooks(runner))
@@ -132,6 +141,22 @@ def resume_run(runner: Runner, path: Path) -> None:
             )
     runner.train_loop.start_from(meta["iter"])
     load_random_state(state["random"])
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """Digest of the parameters that do not train: names, shapes and some values of each.
+
+    The checkpoint does not hold them, so a resume must find the same ones. A few values of every
+    tensor tell two models apart; reading all of them would take as long as loading the model.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            flat = parameter.detach().reshape(-1)
+            values = torch.cat([flat[:16], flat[-16:]]).cpu().contiguous()
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def exact_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

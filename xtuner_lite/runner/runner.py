@@ -161,7 +161,6 @@ class Runner(HookContract):
         return cls(**sections, cfg=cfg if isinstance(cfg, Config) else None)
 
     # --- the three things a Runner does
-    # -------------------------------------------------------------
 
     def train(self) -> nn.Module:
         """Train from the beginning, from ``load_from`` or from a checkpoint; returns the model.
@@ -171,7 +170,10 @@ class Runner(HookContract):
         """
         with ExitStack() as stack:
             stack.enter_context(exclusive_work_dir(self.work_dir))
-            checkpoint = self._start(stage="train")
+            self._start()
+            checkpoint = self._find_resume_checkpoint()
+            self._seed(checkpoint)
+            self._last_saved, self.param_schedulers = None, []
             self.train_dataloader = self._build_dataloader("train_dataloader", shuffle=True)
             self.val_dataloader = self._build_dataloader("val_dataloader")
             self._build_model(train=True)
@@ -187,11 +189,15 @@ class Runner(HookContract):
         return self.model
 
     def val(self) -> dict[str, float]:
-        """Evaluate on ``val_dataloader``; returns e.g. {'loss': 1.23}."""
+        """Evaluate on ``val_dataloader``; returns e.g. {'loss': 1.23}.
+
+        After ``train`` it is the trained model that is evaluated; else the config's, with the
+        weights of ``load_from`` or of the checkpoint that ``resume`` names.
+        """
         return self._evaluate("val")
 
     def test(self) -> dict[str, float]:
-        """Evaluate on ``test_dataloader``."""
+        """Evaluate on ``test_dataloader``, as ``val`` does."""
         return self._evaluate("test")
 
     def prepare_data(self, name: str = "train_dataloader") -> StepDataLoader:
@@ -203,14 +209,8 @@ class Runner(HookContract):
         if self._sections[name] is None:
             raise ValueError(f"the config has no {name}; add one to look at its data")
         if self.logger is None:
-            self.logger = MMLogger.get_instance(
-                f"{self.experiment_name}-{self.timestamp}-{id(self)}",
-                logger_name=self.experiment_name,
-                log_level=self._log_level,
-            )
-        self.seed = set_randomness(
-            self._randomness.get("seed"), self._randomness.get("deterministic", False)
-        )
+            self.logger = self._build_logger("looking", log_file=None)
+        self._seed(None)
         loader = self._build_dataloader(name, shuffle=name == "train_dataloader")
         setattr(self, name, loader)
         return loader
@@ -242,35 +242,37 @@ class Runner(HookContract):
         raise TrainingInterrupted(self._signals.received)
 
     # --- building
-    # ----------------------------------------------------------------------------------------
 
-    def _start(self, stage: str) -> Path | None:
-        """Logs, seed and tokenizer; returns the checkpoint to resume from."""
-        if self.logger is not None:
-            return None  # val() or test() after train(): logs and seed are there
+    def _start(self) -> None:
+        """Log file, message hub and visualizer of a training or an evaluation."""
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        self.logger = MMLogger.get_instance(
-            f"{self.experiment_name}-{self.timestamp}-{id(self)}",
-            logger_name=self.experiment_name,
-            log_file=str(self.log_dir / "run.log"),
-            log_level=self._log_level,
-        )
-        self.message_hub = MessageHub.get_instance(
-            f"{self.experiment_name}-{self.timestamp}-{id(self)}"
-        )
-        checkpoint = self._find_resume_checkpoint() if stage == "train" else None
-        seed = self._randomness.get("seed")
-        if checkpoint is not None and seed is None:
-            seed = read_meta(checkpoint)["seed"]
-        self.seed = set_randomness(seed, self._randomness.get("deterministic", False))
-        self.logger.info(describe_environment(self))
+        self.logger = self._build_logger("run", log_file=str(self.log_dir / "run.log"))
+        self.message_hub = MessageHub.get_instance(f"{self.experiment_name}-{id(self)}")
         self.visualizer = build_visualizer(
             self._sections["visualizer"],
             str(self.log_dir),
             cfg=self.cfg,
             is_main=self.strategy.is_main,
         )
-        return checkpoint
+
+    def _build_logger(self, kind: str, *, log_file: str | None) -> MMLogger:
+        name = f"{self.experiment_name}-{self.timestamp}-{id(self)}-{kind}"
+        if MMLogger.check_instance_created(name):
+            return MMLogger.get_instance(name)
+        return MMLogger.get_instance(
+            name,
+            logger_name=self.experiment_name,
+            log_file=log_file,
+            log_level=self._log_level,
+        )
+
+    def _seed(self, checkpoint: Path | None) -> None:
+        """Seed the generators: the config's seed, else that of the run to go on with."""
+        seed = self._randomness.get("seed")
+        if checkpoint is not None and seed is None:
+            seed = read_meta(checkpoint)["seed"]
+        self.seed = set_randomness(seed, self._randomness.get("deterministic", False))
+        self.logger.info(describe_environment(self))
 
     def _close(self) -> None:
         """End what hooks and back-ends hold open, however the run ended."""
@@ -298,13 +300,11 @@ class Runner(HookContract):
         section = self._sections[name]
         if section is None:
             return None
-        if self.tokenizer is None and self._sections["tokenizer"] is not None:
-            self.tokenizer = MODELS.build(self._sections["tokenizer"], config_key="tokenizer")
-        wrapper = self._sections["optim_wrapper"] or {}
+        self._build_tokenizer()
         loader = build_dataloader(
             **section,
             tokenizer=self.tokenizer,
-            accumulative_counts=wrapper.get("accumulative_counts", 1) if shuffle else 1,
+            accumulative_counts=self._accumulative_counts() if shuffle else 1,
             shuffle=shuffle,
             seed=self.seed,
             rank=self.strategy.rank,
@@ -319,9 +319,18 @@ class Runner(HookContract):
                 )
         return loader
 
-    def _build_model(self, *, train: bool) -> None:
+    def _accumulative_counts(self) -> int:
+        wrapper = self._sections["optim_wrapper"] or {}
+        if isinstance(wrapper, dict):
+            return wrapper.get("accumulative_counts", 1)
+        return wrapper.accumulative_counts
+
+    def _build_tokenizer(self) -> None:
         if self.tokenizer is None and self._sections["tokenizer"] is not None:
             self.tokenizer = MODELS.build(self._sections["tokenizer"], config_key="tokenizer")
+
+    def _build_model(self, *, train: bool) -> None:
+        self._build_tokenizer()
         self.model = MODELS.build(
             self._sections["model"], config_key="model", tokenizer=self.tokenizer
         )
@@ -380,14 +389,22 @@ class Runner(HookContract):
         name = f"{stage}_dataloader"
         if self._sections[name] is None:
             raise ValueError(f"the config has no {name}; add one (as train_dataloader) to evaluate")
-        self._start(stage)
+        self._start()
+        self._seed(None)
         dataloader = self._build_dataloader(name)
         setattr(self, name, dataloader)
-        self._build_model(train=False)
+        if self.model is None:
+            self._build_model(train=False)
+            if (checkpoint := self._find_resume_checkpoint()) is not None:
+                self.model.load_pretrained(checkpoint)
+                self.logger.info(f"weights loaded from {checkpoint}")
         loop = self._build_eval_loop(stage, {"val": ValLoop, "test": TestLoop}[stage], dataloader)
         setattr(self, f"{stage}_loop", loop)
         self.call_hook("before_run")
-        results = loop.run()
+        try:
+            results = loop.run()
+        finally:
+            self._close()
         self.call_hook("after_run")
         return results
 

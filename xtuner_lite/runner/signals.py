@@ -24,6 +24,7 @@ class SignalWatch:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> SignalWatch:
+        self.received = None
         for number in self.SIGNALS:
             try:
                 self._before[number] = signal.signal(number, self._note)

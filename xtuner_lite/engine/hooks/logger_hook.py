@@ -137,6 +137,7 @@ class LoggerHook(Hook):
         self._close_bar()
         if self._metrics_log is not None:
             self._metrics_log.close()
+            self._metrics_log = None
 
     def _record(self, means: IntervalMeans) -> dict[str, Any]:
         """The values of the interval under their logged names; the interval starts anew."""
