@@ -62,6 +62,7 @@ KEYS: dict[tuple[str, ...], tuple[str, ...]] = {
         "lr", "weight_decay", "lr_mult", "decay_mult",
     ),
     ("env_cfg", "mp_cfg"): ("mp_start_method",),
+    ("env_cfg", "dist_cfg"): ("backend", "timeout", "slow_timeout"),
     ("custom_imports",): ("imports", "allow_failed_imports"),
 }  # fmt: skip
 
@@ -112,6 +113,7 @@ INJECTED: dict[str, tuple[str, ...]] = {
     "param_schedulers": ("optimizer", "epoch_length", "max_iters"),
     "loops": _FROM_LOOP,
     "visbackends": ("save_dir",),
+    "strategies": ("ranks",),
     "train_dataloader": _FROM_LOADER,
     "val_dataloader": _FROM_LOADER,
     "test_dataloader": _FROM_LOADER,

@@ -25,7 +25,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FORMAT_VERSION = 1
+from xtuner_lite.engine.distributed import Ranks
+
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TRAINER_DIR = "trainer"
 _NAME = re.compile(r"iter_(\d+)(\.replaced-\d+)?$")
@@ -61,24 +63,68 @@ def list_checkpoints(work_dir: str | Path) -> list[Path]:
     ]
 
 
-def write_checkpoint(target: Path, write: Callable[[Path], None]) -> Path:
+def write_checkpoint(
+    target: Path, write: Callable[[Path], None], ranks: Ranks | None = None
+) -> Path:
     """Make the checkpoint folder ``target`` from what ``write(folder)`` puts into an empty folder.
 
+    Args:
+        write: called on every rank with the same folder; must not wait for other ranks.
+        ranks: the processes of the run; all call this together. None is this one.
+
     Raises:
-        CheckpointError: the disk is full or not writable; older checkpoints are untouched and
-            nothing half-written is left.
+        CheckpointError: the disk is full or not writable, or ranks see different disks; older
+            checkpoints are untouched and nothing half-written is left.
+        PeerError: another rank could not write its part.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(target.parent)
-    aside = target.parent / f".writing-{target.name}-{os.getpid()}"
+    ranks = ranks or Ranks()
+    aside = Path(ranks.on_main(lambda: str(begin_checkpoint(target))))
     try:
+        with ranks.together(), told_where_full(target):
+            check_shared(aside)
+            write(aside)
+        with ranks.together(), told_where_full(target):
+            if ranks.is_main:
+                finish_checkpoint(aside, target)
+    except BaseException:
+        if ranks.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return target
+
+
+def begin_checkpoint(target: Path) -> Path:
+    """An empty folder beside ``target``; what a killed process left half-written is removed."""
+    with told_where_full(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(target.parent)
+        aside = target.parent / f".writing-{target.name}-{os.getpid()}"
         aside.mkdir()
-        write(aside)
-        _write_manifest(aside)
-        _flush_tree(aside)
-        _publish(aside, target)
+    return aside
+
+
+def check_shared(aside: Path) -> None:
+    """Raises CheckpointError where this rank does not see the folder that the main rank made."""
+    if not aside.is_dir():
+        raise CheckpointError(
+            f"{aside.parent} on {os.uname().nodename} is not the folder that the first rank "
+            "writes to. Put work_dir on storage that all machines share."
+        )
+
+
+def finish_checkpoint(aside: Path, target: Path) -> None:
+    """Manifest, flush, and the one rename that makes the checkpoint visible."""
+    _write_manifest(aside)
+    _flush_tree(aside)
+    _publish(aside, target)
+
+
+@contextmanager
+def told_where_full(target: Path) -> Iterator[None]:
+    """Turn the many forms of 'no space left' into one CheckpointError."""
+    try:
+        yield
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
         if _is_no_space(error):
             free_mb = shutil.disk_usage(target.parent).free // 2**20
             raise CheckpointError(
@@ -88,7 +134,6 @@ def write_checkpoint(target: Path, write: Callable[[Path], None]) -> Path:
                 "checkpoint.max_keep_ckpts, and --resume."
             ) from error
         raise
-    return target
 
 
 def verify_checkpoint(path: str | Path) -> None:

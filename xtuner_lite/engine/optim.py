@@ -99,18 +99,6 @@ class OptimWrapper:
             "momentum": [g.get("momentum", g.get("betas", (0.0,))[0]) for g in self.param_groups]
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """State by parameter name, so that it outlives a change in the order of parameters."""
-        return named_optimizer_state(self.optimizer)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what state_dict gave.
-
-        Raises:
-            ValueError: the names or groups do not match.
-        """
-        load_named_optimizer_state(self.optimizer, state)
-
 
 def build_param_groups(
     model: nn.Module,
@@ -207,52 +195,6 @@ def _values_for(
     elif leaf == "bias" and "bias_decay_mult" in paramwise:
         values["weight_decay"] = (weight_decay or 0.0) * paramwise["bias_decay_mult"]
     return values
-
-
-def named_optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer's state with parameters named: {'state': {name: {...}}, 'groups': [{...}]}."""
-    state, groups = {}, []
-    for group in optimizer.param_groups:
-        groups.append({key: value for key, value in group.items() if key != "params"})
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            if parameter in optimizer.state:
-                state[name] = dict(optimizer.state[parameter])
-    return {"state": state, "groups": groups}
-
-
-def load_named_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Put a state of ``named_optimizer_state`` back.
-
-    Raises:
-        ValueError: the parameter groups are not those of the saved run.
-    """
-    mine = [list(group["param_names"]) for group in optimizer.param_groups]
-    theirs = [list(group["param_names"]) for group in saved["groups"]]
-    if mine != theirs:
-        raise ValueError(
-            f"the saved optimizer has {len(theirs)} parameter groups of sizes "
-            f"{[len(g) for g in theirs]}, this run "
-            f"{len(mine)} of sizes {[len(g) for g in mine]}. Resume with the model, adapter and "
-            "paramwise_cfg of the "
-            "saved run, or start a new run from its weights with load_from."
-        )
-    numbers: dict[str, int] = {
-        name: i for i, name in enumerate(name for group in mine for name in group)
-    }
-    packed_groups, position = [], 0
-    for group in saved["groups"]:
-        packed_groups.append(
-            {**group, "params": list(range(position, position + len(group["param_names"])))}
-        )
-        position += len(group["param_names"])
-    state = {numbers[name]: _clone(value) for name, value in saved["state"].items()}
-    optimizer.load_state_dict({"state": state, "param_groups": packed_groups})
-
-
-def _clone(state: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()
-    }
 
 
 def total_grad_norm(parameters: Iterable[nn.Parameter], norm_type: float = 2.0) -> Tensor:

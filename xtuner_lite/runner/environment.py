@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from xtuner_lite.engine.distributed import DEFAULT_SLOW_TIMEOUT_S
 from xtuner_lite.version import __version__
 
 if TYPE_CHECKING:
@@ -32,15 +33,25 @@ def apply_env(
             repeat bit for bit only at a fixed number.
         cudnn_benchmark: let cuDNN try its algorithms; for fixed shapes.
         mp_cfg: dict(mp_start_method='fork' | 'spawn' | 'forkserver') of the reading processes.
-        dist_cfg: accepted for MMEngine's configs; one process has nothing to set.
+        dist_cfg: dict(backend=None, timeout=300, slow_timeout=7200), for a run of several
+            processes: see ``backend_options`` and engine.watchdog. Seconds.
     """
-    del dist_cfg
+    del dist_cfg  # read by backend_options
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     torch.backends.cudnn.benchmark = cudnn_benchmark
     method = (mp_cfg or {}).get("mp_start_method")
     if method is not None:
         torch.multiprocessing.set_start_method(method, force=True)
+
+
+def backend_options(env_cfg: dict[str, Any] | None) -> dict[str, Any]:
+    """``dist_cfg`` of the ``env_cfg`` section as arguments of ``init_distributed``."""
+    given = dict((env_cfg or {}).get("dist_cfg") or {})
+    return {
+        "backend": given.get("backend"),
+        "timeout_s": float(given.get("slow_timeout", DEFAULT_SLOW_TIMEOUT_S)),
+    }
 
 
 def describe_environment(runner: Runner) -> str:

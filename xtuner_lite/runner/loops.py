@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from xtuner_lite.data.dataloader import StepDataLoader
+from xtuner_lite.engine.distributed import Ranks
 from xtuner_lite.engine.metrics import Metric
 from xtuner_lite.registry import LOOPS, METRICS
 from xtuner_lite.structures import Batch, LossOutput
@@ -99,13 +100,14 @@ class TrainLoop:
         runner.call_hook("before_train")
         steps = self.dataloader.steps(self._iter, self.max_iters)
         runner.model.train()
-        first, epoch_length = self._iter, len(self.dataloader)
-        while self._iter < self.max_iters and not self.stop_training:
+        first, epoch_length, ranks = self._iter, len(self.dataloader), runner.strategy.ranks
+        while self._iter < self.max_iters and not ranks.any(self.stop_training):
             if (
                 self._iter % epoch_length == 0 or self._iter == first
             ):  # a resume starts inside an epoch
                 runner.call_hook("before_train_epoch")
             begin = time.perf_counter()
+            runner.mark("reading data", self._iter + 1)
             micro_batches = next(steps)
             self.data_time_s = time.perf_counter() - begin
             self.train_step(micro_batches)
@@ -122,27 +124,37 @@ class TrainLoop:
         runner, strategy = self.runner, self.runner.strategy
         hook_args: dict[str, Any] = dict(batch_idx=self._iter, data_batch=micro_batches)
         self._skip = False
+        step, mark = self._iter + 1, runner.mark
+        mark("hooks before the step", step)
         runner.call_hook("before_train_iter", **hook_args)
+        mark("counting units", step)
         num_units = strategy.sum_over_ranks(sum(runner.model.count_units(b) for b in micro_batches))
         totals = _StepTotals()
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches, start=1):
+            is_last = number == len(micro_batches)
             batch = move_batch(batch, strategy.device)
-            with strategy.forward_context():
-                output = runner.model(batch)
-            strategy.backward(output.loss_sum, max(num_units, 1.0))
+            mark(f"forward of micro-batch {number}", step)
+            output = strategy.forward(batch, is_last=is_last)
+            mark(f"backward of micro-batch {number}", step)
+            strategy.backward(output.loss_sum, max(num_units, 1.0), is_last=is_last)
             totals.add(batch, output)
-        outputs = totals.summary(num_units, strategy.sum_over_ranks)
+        mark("sums over the ranks", step)
+        outputs = totals.summary(num_units, strategy.ranks)
         outputs["grad_norm"] = strategy.clip_gradients()
         if num_units == 0:
             runner.logger.warning(
                 f"step {self._iter + 1} has nothing to learn (0 supervised units); it is skipped"
             )
             self._skip = True
+        mark("hooks before the update", step)
         runner.call_hook("before_optimizer_step", **hook_args, outputs=outputs)
+        mark("update", step)
+        self._skip = strategy.ranks.any(self._skip)  # a hook may look at one rank's data only
         if self._skip:
             strategy.discard_gradients()
         outputs["updated"] = 0.0 if self._skip else float(strategy.step())
-        self.num_completed_steps = self._iter + 1
+        self.num_completed_steps = step
+        mark("hooks after the step", step)
         runner.call_hook("after_train_iter", **hook_args, outputs=outputs)
         self._iter += 1
 
@@ -178,8 +190,13 @@ class _StepTotals:
             entry = self.metrics.setdefault(name, [0.0, 0.0])
             entry[0], entry[1] = entry[0] + total, entry[1] + count
 
-    def summary(self, expected_units: float, sum_over_ranks: Any) -> dict[str, float]:
-        num_units = sum_over_ranks(self.num_units)
+    def summary(self, expected_units: float, ranks: Ranks) -> dict[str, float]:
+        """The step's figures over all ranks; a rank may know metrics that another has not."""
+        values = {"loss": float(self.loss_sum), "units": self.num_units, "tokens": self.num_tokens}
+        for name, (total, count) in self.metrics.items():
+            values |= {f"total:{name}": float(total), f"count:{name}": float(count)}
+        values = ranks.sum_each(values)
+        num_units = values["units"]
         if abs(num_units - expected_units) > 1e-3 * max(1.0, expected_units):
             raise RuntimeError(
                 f"the method's count_units said {expected_units:g} units for this step, its "
@@ -188,12 +205,12 @@ class _StepTotals:
             )
         divisor = max(num_units, 1.0)
         outputs = {
-            "loss": sum_over_ranks(float(self.loss_sum)) / divisor,
+            "loss": values["loss"] / divisor,
             "num_units": num_units,
-            "num_tokens": sum_over_ranks(self.num_tokens),
+            "num_tokens": values["tokens"],
         }
-        for name, (total, count) in self.metrics.items():
-            total, count = sum_over_ranks(float(total)), sum_over_ranks(float(count))
+        for name in [key.removeprefix("total:") for key in values if key.startswith("total:")]:
+            total, count = values[f"total:{name}"], values[f"count:{name}"]
             if count > 0:  # else the step says nothing about it, as of a source it has no token of
                 outputs[name] = total / count
                 if name.startswith("loss/"):
@@ -238,16 +255,19 @@ class EvalLoop:
             metric.reset()
         for index, batch in enumerate(self._batches()):
             runner.call_hook(f"before_{stage}_iter", batch_idx=index, data_batch=batch)
-            batch = move_batch(batch, runner.strategy.device)
-            with runner.strategy.forward_context():
-                output = runner.model(batch)
+            runner.mark(f"{stage} batch {index}", runner.iter)
+            output = runner.strategy.forward(move_batch(batch, runner.strategy.device))
             for metric in self.metrics:
                 metric.update(batch, output)
             runner.call_hook(
                 f"after_{stage}_iter", batch_idx=index, data_batch=batch, outputs=[output]
             )
         results: dict[str, float] = {}
+        runner.mark(f"sums of {stage}", runner.iter)
         for metric in self.metrics:
+            for names in runner.strategy.ranks.gather(list(metric.sums)):
+                for name in names:  # a sum that only another rank has
+                    metric.sums.setdefault(name, 0.0)
             results.update(metric.compute(runner.strategy.sum_over_ranks))
         runner.call_hook(f"after_{stage}_epoch", metrics=results)
         runner.call_hook(f"after_{stage}")

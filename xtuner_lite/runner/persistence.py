@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +15,19 @@ from torch import Tensor, nn
 from xtuner_lite.data.fingerprint import dataset_fingerprint
 from xtuner_lite.data.ledger import Ledger
 from xtuner_lite.engine.checkpoint import TRAINER_DIR, CheckpointError
-from xtuner_lite.engine.distributed import load_random_state, random_state
+from xtuner_lite.engine.distributed import (
+    Ranks,
+    load_random_state,
+    random_state,
+    seed_of_rank,
+    set_randomness,
+)
+from xtuner_lite.engine.pieces import PieceReader, copy_to_cpu, trainable_names, write_pieces
 from xtuner_lite.engine.state_io import load_state, save_state
 from xtuner_lite.version import __version__
 
 if TYPE_CHECKING:
+    from xtuner_lite.data.dataloader import StepDataLoader
     from xtuner_lite.runner.runner import Runner
 
 # What must be equal for a resume to be exact, with what to do where it is not.
@@ -32,39 +42,72 @@ _MUST_MATCH = {
 }
 
 
-def write_run(runner: Runner, folder: Path) -> None:
-    """Put everything of the run into the empty checkpoint ``folder``."""
-    checkpoint: dict[str, Any] = {
-        "state_dict": runner.model.state_dict(),
-        "meta": describe_run(runner),
-    }
-    runner.call_hook("before_save_checkpoint", checkpoint=checkpoint)
-    meta, weights = checkpoint.pop("meta"), checkpoint.pop("state_dict")
-    runner.model.save_pretrained(folder, weights)
-    if runner.tokenizer is not None:
-        runner.tokenizer.save_pretrained(folder)
-    trainer = folder / TRAINER_DIR
-    trainer.mkdir()
-    save_state(meta, trainer, "meta")
-    save_state(exact_weights(runner.model, weights), trainer, "weights")
-    save_state(runner.strategy.state_dict(), trainer, "optimizer")
-    ledger = getattr(runner.train_dataloader.dataset, "ledger", None)
-    if isinstance(ledger, Ledger):
-        save_state(ledger.to_dict(), trainer, "ledger")
-    save_state(
-        {
-            "random": random_state(),
-            "param_schedulers": [scheduler.state_dict() for scheduler in runner.param_schedulers],
-            "hooks": {name: hook.state_dict() for name, hook in _stateful_hooks(runner)},
-            "entries": checkpoint,  # what hooks added, e.g. EMA weights
-        },
-        trainer,
-        "state",
-    )
-    if runner.cfg is not None:
-        from xtuner_lite.config import dump_config
+class RunSnapshot:
+    """A run as it stood after a step, in CPU memory, ready to be written by ``write``.
 
-        dump_config(runner.cfg, folder / "config.py")
+    Made on every rank together (it gathers weights); writing needs no word between ranks.
+
+    Args:
+        runner: the run, between two steps.
+        clone: keep copies, so that training may go on while it is written.
+    """
+
+    def __init__(self, runner: Runner, *, clone: bool = False) -> None:
+        strategy, model = runner.strategy, runner.model
+        names = sorted(trainable_names(model)) if _has_adapter(model) else list(model.state_dict())
+        weights = dict(strategy.full_weights(names))
+        own = dict(weights)
+        checkpoint: dict[str, Any] = {"state_dict": weights, "meta": describe_run(runner)}
+        runner.call_hook("before_save_checkpoint", checkpoint=checkpoint)
+        self.meta, weights = checkpoint.pop("meta"), checkpoint.pop("state_dict")
+        replaced = {k: v for k, v in weights.items() if v is not own.get(k)}  # by a hook
+        if replaced and strategy.is_sharded:
+            raise CheckpointError(
+                f"a hook changed the weights to save ({', '.join(sorted(replaced)[:3])}, ...), "
+                "which works where each rank holds the whole model only (SingleDevice, DDP)"
+            )
+        self.runner, self.rank, self.is_main = runner, strategy.rank, strategy.is_main
+        self.pieces = copy_to_cpu(strategy.pieces(), clone=clone)
+        self.random = random_state()
+        if not self.is_main:
+            return
+        self.weights = {k: _on_cpu(v, clone) for k, v in weights.items()}
+        buffers = {name for name, _ in model.named_buffers()}
+        self.buffers = {k: _on_cpu(v, clone) for k, v in weights.items() if k in buffers}
+        self.replaced = {k: _on_cpu(v, clone) for k, v in replaced.items()}
+        ledger = getattr(runner.train_dataloader.dataset, "ledger", None)
+        self.ledger = ledger.to_dict() if isinstance(ledger, Ledger) else None
+        self.state = copy.deepcopy(
+            {
+                "optimizer": strategy.state_dict(),
+                "param_schedulers": [s.state_dict() for s in runner.param_schedulers],
+                "hooks": {name: hook.state_dict() for name, hook in _stateful_hooks(runner)},
+                "entries": checkpoint,  # what hooks added, e.g. EMA weights
+            }
+        )
+
+    def write(self, folder: Path) -> None:
+        """Put this rank's files into the checkpoint ``folder``; the main rank writes the rest."""
+        trainer = folder / TRAINER_DIR
+        trainer.mkdir(exist_ok=True)
+        write_pieces(trainer, self.rank, self.pieces)
+        save_state(self.random, trainer, f"random_{self.rank:05d}")
+        if not self.is_main:
+            return
+        runner = self.runner
+        runner.model.save_pretrained(folder, self.weights)
+        if runner.tokenizer is not None:
+            runner.tokenizer.save_pretrained(folder)
+        save_state(self.meta, trainer, "meta")
+        save_state(self.buffers, trainer, "buffers")
+        save_state(self.replaced, trainer, "replaced_weights")
+        save_state(self.state, trainer, "state")
+        if self.ledger is not None:
+            save_state(self.ledger, trainer, "ledger")
+        if runner.cfg is not None:
+            from xtuner_lite.config import dump_config
+
+            dump_config(runner.cfg, folder / "config.py")
 
 
 def describe_run(runner: Runner) -> dict[str, Any]:
@@ -82,12 +125,14 @@ def describe_run(runner: Runner) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "device": runner.strategy.device.type,
         "compute_dtype": str(runner.strategy.precision.dtype).removeprefix("torch."),
+        "strategy": type(runner.strategy).__name__,
+        "world_size": runner.strategy.world_size,
         "group_size": plan.group_size,
         "num_samples": plan.sampler.num_samples,
         "data_fingerprint": dataset_fingerprint(runner.train_dataloader.dataset),
         "data_order": runner.train_dataloader.order_digest,
         "method": type(runner.model).__name__,
-        "frozen_weights": frozen_digest(runner.model),
+        "frozen_weights": runner.frozen_weights,
     }
 
 
@@ -114,33 +159,72 @@ def resume_run(runner: Runner, path: Path) -> None:
         CheckpointError: the run differs from the saved one where that would make the resume
             inexact.
     """
-    trainer = path / TRAINER_DIR
-    meta = load_state(trainer, "meta")
+    meta = load_state(path / TRAINER_DIR, "meta")
     _check_same_run(describe_run(runner), meta, path)
+    load_run_state(runner, path)
+    runner.train_loop.start_from(meta["iter"])
+    strategy = runner.strategy
+    if (meta["strategy"], meta["world_size"]) != (type(strategy).__name__, strategy.world_size):
+        runner.logger.warning(
+            f"the checkpoint is of {meta['strategy']} on {meta['world_size']} process(es), this "
+            f"run is {type(strategy).__name__} on {strategy.world_size}: the same samples follow, "
+            "losses agree to rounding, dropout masks are others"
+        )
+
+
+def load_run_state(runner: Runner, path: Path, *, keep_hooks: Iterable[str] = ()) -> None:
+    """Weights, optimizer, schedulers, generators and hooks of ``path``; not the position.
+
+    Args:
+        keep_hooks: names of hook classes whose state stays as it is.
+    """
+    trainer, strategy = path / TRAINER_DIR, runner.strategy
     state = load_state(trainer, "state")
-    weights = {**runner.model.state_dict(), **load_state(trainer, "weights")}
-    checkpoint = {"state_dict": weights, "meta": meta, **state["entries"]}
-    runner.call_hook("after_load_checkpoint", checkpoint=checkpoint)
-    load_exact_weights(runner.model, checkpoint["state_dict"], path)
-    runner.strategy.load_state_dict(load_state(trainer, "optimizer"))
     if len(runner.param_schedulers) != len(state["param_schedulers"]):
         raise CheckpointError(
             f"{path} has {len(state['param_schedulers'])} learning-rate schedules, this run "
             f"{len(runner.param_schedulers)}. Put param_scheduler back as it was, or start a new "
             "run from the weights with --load-from."
         )
+    strategy.load_state_dict(state["optimizer"])
+    strategy.load_pieces(PieceReader(trainer))
+    _load_buffers(runner.model, load_state(trainer, "buffers"), path)
+    meta = load_state(trainer, "meta")
+    checkpoint = {"meta": meta, **state["entries"], "state_dict": runner.model.state_dict()}
+    replaced = load_state(trainer, "replaced_weights")
+    checkpoint["state_dict"] = {**checkpoint["state_dict"], **replaced}
+    runner.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+    if replaced:
+        _load_replaced(runner.model, checkpoint["state_dict"], replaced)
     for scheduler, saved in zip(runner.param_schedulers, state["param_schedulers"], strict=True):
         scheduler.load_state_dict(saved)
     hooks = dict(_stateful_hooks(runner))
     for name, saved in state["hooks"].items():
+        if name in keep_hooks:
+            continue
         if name in hooks:
             hooks[name].load_state_dict(saved)
         else:
             runner.logger.warning(
                 f"the checkpoint holds state of hook {name}, which this run does not have"
             )
-    runner.train_loop.start_from(meta["iter"])
-    load_random_state(state["random"])
+    stem = f"random_{strategy.rank:05d}"
+    if meta["world_size"] == strategy.world_size:
+        load_random_state(load_state(trainer, stem))
+    else:
+        set_randomness(seed_of_rank(runner.seed + meta["iter"], strategy.rank))
+
+
+def check_equal_data(name: str, loader: StepDataLoader, ranks: Ranks) -> None:
+    """Raises ValueError where ranks read different data: each would count other samples."""
+    seen = ranks.gather((len(loader), dataset_fingerprint(loader.dataset)))
+    others = [rank for rank, what in enumerate(seen) if what != seen[0]]
+    if others:
+        raise ValueError(
+            f"{name}: ranks {others} read other data than rank 0 ({seen[0][0]} steps an epoch on "
+            f"rank 0, {seen[others[0]][0]} on rank {others[0]}). Give every machine the same "
+            "files, or put them on storage that all machines share."
+        )
 
 
 def frozen_digest(model: nn.Module) -> str:
@@ -159,32 +243,32 @@ def frozen_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def exact_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The trainable parameters (float32) and persistent buffers out of ``state_dict``."""
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    names |= {name for name, _ in model.named_buffers()}
-    return {name: value for name, value in state_dict.items() if name in names}
+def _has_adapter(model: nn.Module) -> bool:
+    return bool(getattr(model, "has_adapter", False))
+
+
+def _on_cpu(tensor: Tensor, clone: bool) -> Tensor:
+    return tensor.detach().to("cpu", copy=clone)
 
 
 @torch.no_grad()
-def load_exact_weights(model: nn.Module, state_dict: dict[str, Tensor], path: Path) -> None:
-    """Copy weights into the model's trainable parameters and buffers, name by name.
+def _load_buffers(model: nn.Module, saved: dict[str, Tensor], path: Path) -> None:
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            if saved[name].shape != buffer.shape:
+                raise CheckpointError(
+                    f"{path}: buffer {name} has shape {tuple(saved[name].shape)}, the model needs "
+                    f"{tuple(buffer.shape)}. Resume with the model of the saved run."
+                )
+            buffer.copy_(saved[name])
 
-    Raises:
-        CheckpointError: a name is missing or has another shape.
-    """
+
+@torch.no_grad()
+def _load_replaced(model: nn.Module, weights: dict[str, Tensor], names: Iterable[str]) -> None:
+    """Take what a hook gives back for the weights that it had replaced in the checkpoint."""
     own = model.state_dict()
-    targets = exact_weights(model, own)
-    for name, target in targets.items():
-        value = state_dict.get(name)
-        if value is None or value.shape != target.shape:
-            got = "is missing" if value is None else f"has shape {tuple(value.shape)}"
-            raise CheckpointError(
-                f"{path}: weight {name} {got}, the model needs {tuple(target.shape)}. Resume "
-                "with the model and adapter "
-                "settings of the saved run."
-            )
-        target.copy_(value)
+    for name in names:
+        own[name].copy_(weights[name])
 
 
 def _check_same_run(now: dict[str, Any], saved: dict[str, Any], path: Path) -> None:

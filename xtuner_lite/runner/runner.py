@@ -24,15 +24,32 @@ from xtuner_lite.engine.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from xtuner_lite.engine.distributed import set_randomness
+from xtuner_lite.engine.checkpoint_async import AsyncWriter
+from xtuner_lite.engine.distributed import (
+    draw_seed,
+    init_distributed,
+    seed_of_rank,
+    set_randomness,
+)
 from xtuner_lite.engine.optim import OptimWrapper
 from xtuner_lite.engine.strategies.base import Strategy
 from xtuner_lite.engine.visualization import build_visualizer
 from xtuner_lite.registry import LOOPS, MODELS, PARAM_SCHEDULERS, RUNNERS, STRATEGIES
 from xtuner_lite.runner.contract import HookContract, merge_default_hooks
-from xtuner_lite.runner.environment import apply_env, compile_layers, describe_environment
+from xtuner_lite.runner.environment import (
+    apply_env,
+    backend_options,
+    compile_layers,
+    describe_environment,
+)
 from xtuner_lite.runner.loops import EvalLoop, TestLoop, TrainLoop, ValLoop
-from xtuner_lite.runner.persistence import read_meta, resume_run, write_run
+from xtuner_lite.runner.persistence import (
+    RunSnapshot,
+    check_equal_data,
+    frozen_digest,
+    read_meta,
+    resume_run,
+)
 from xtuner_lite.runner.signals import SignalWatch, TrainingInterrupted
 
 
@@ -57,8 +74,10 @@ class Runner(HookContract):
         custom_hooks: list of further hooks.
         load_from: folder of an adapter or model whose weights the run starts from.
         resume: True continues from the newest valid checkpoint of work_dir; a path, from that one.
-        strategy: how the model is placed (registry STRATEGIES); default SingleDevice.
-        launcher: 'none': this process is the run.
+        strategy: how the model is placed (registry STRATEGIES); default SingleDevice, and DDP where
+            a launcher started several processes.
+        launcher: 'none': this process is the run; 'pytorch', 'slurm', 'mpi': see
+            engine.distributed.init_distributed.
         env_cfg: see runner.environment.apply_env.
         randomness: dict(seed=None, deterministic=False).
         visualizer: dict(vis_backends=[...]), see engine.visualization.
@@ -111,11 +130,11 @@ class Runner(HookContract):
             default_scope,
             runner_type,
         )  # handled where the config is loaded
-        if launcher != "none":
-            raise ValueError(f"launcher={launcher!r} is not known; allowed: 'none'")
+        apply_env(**(env_cfg or {}))
+        self.ranks = init_distributed(launcher, **backend_options(env_cfg))
         self.cfg = cfg
         self.work_dir = str(work_dir)
-        self.timestamp = time.strftime("%Y%m%d_%H%M%S")
+        self.timestamp = self.ranks.broadcast(time.strftime("%Y%m%d_%H%M%S"))
         self.experiment_name = experiment_name or _config_name(cfg)
         self._sections = dict(
             model=model, tokenizer=tokenizer, visualizer=visualizer, log_processor=log_processor,
@@ -127,11 +146,14 @@ class Runner(HookContract):
         self._load_from, self._resume, self._compile = load_from, resume, compile
         self._randomness = dict(randomness or {})
         self._log_level = log_level
-        apply_env(**(env_cfg or {}))
         self.hooks: list[Hook] = []
         for hook in [*merge_default_hooks(default_hooks).values(), *(custom_hooks or [])]:
             self.register_hook(hook)
-        self.strategy: Strategy = STRATEGIES.build(strategy or dict(type="SingleDevice"))
+        default = "SingleDevice" if self.ranks.world_size == 1 else "DDP"
+        self.strategy: Strategy = STRATEGIES.build(
+            strategy or dict(type=default), config_key="strategy", ranks=self.ranks
+        )
+        self.frozen_weights = ""  # digest of what does not train; see persistence.frozen_digest
         self.seed: int = 0
         self.logger: MMLogger | None = None
         self.tokenizer: Any = None
@@ -146,6 +168,7 @@ class Runner(HookContract):
         self.test_loop: EvalLoop | None = None
         self._signals = SignalWatch()
         self._last_saved: Path | None = None
+        self._writer: AsyncWriter | None = None
 
     @classmethod
     def from_cfg(cls, cfg: Config | dict[str, Any]) -> Runner:
@@ -169,14 +192,16 @@ class Runner(HookContract):
             TrainingInterrupted: a signal came; everything is saved, the exit code is 143 or 130.
         """
         with ExitStack() as stack:
-            stack.enter_context(exclusive_work_dir(self.work_dir))
+            with self.ranks.together():
+                if self.ranks.is_main:
+                    stack.enter_context(exclusive_work_dir(self.work_dir))
             self._start()
             checkpoint = self._find_resume_checkpoint()
             self._seed(checkpoint)
             self._last_saved, self.param_schedulers = None, []
             self.train_dataloader = self._build_dataloader("train_dataloader", shuffle=True)
             self.val_dataloader = self._build_dataloader("val_dataloader")
-            self._build_model(train=True)
+            self._build_model(train=True, weights=self._load_from)
             self._build_train_loop()
             self.call_hook("before_run")
             if checkpoint is not None:
@@ -185,6 +210,7 @@ class Runner(HookContract):
             stack.enter_context(self._signals)
             stack.callback(self._close)
             self.train_loop.run()
+            self.finish_saving()
             self.call_hook("after_run")
         return self.model
 
@@ -215,8 +241,14 @@ class Runner(HookContract):
         setattr(self, name, loader)
         return loader
 
-    def save_checkpoint(self) -> Path:
+    def save_checkpoint(self, *, asynchronous: bool = False) -> Path:
         """Write the run as it stands after the last completed step; returns the folder.
+
+        Every rank calls it.
+
+        Args:
+            asynchronous: copy the state and write it while training goes on. The folder appears
+                when it is whole; ``finish_saving`` waits for it.
 
         Raises:
             CheckpointError: see engine.checkpoint.write_checkpoint.
@@ -224,28 +256,49 @@ class Runner(HookContract):
         target = checkpoints_dir(self.work_dir) / checkpoint_name(
             self.train_loop.num_completed_steps
         )
+        self.finish_saving()
         if self._last_saved != target:
             begin = time.perf_counter()
-            write_checkpoint(target, lambda folder: write_run(self, folder))
+            self.mark("writing a checkpoint", self.iter)
+            snapshot = RunSnapshot(self, clone=asynchronous)
+            if asynchronous:
+                self._writer = AsyncWriter(target, snapshot.write, self.ranks)
+            else:
+                write_checkpoint(target, snapshot.write, self.ranks)
             self._last_saved = target
-            self.logger.info(f"checkpoint saved: {target} ({time.perf_counter() - begin:.1f} s)")
+            what = "is being written" if asynchronous else "saved"
+            self.logger.info(f"checkpoint {what}: {target} ({time.perf_counter() - begin:.1f} s)")
         return target
 
+    def finish_saving(self) -> None:
+        """Wait for a checkpoint that is being written; every rank calls it.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.finish()
+
     def check_signals(self) -> None:
-        """Save and leave if SIGTERM or Ctrl-C arrived during the last step."""
-        if self._signals.received is None:
+        """Save and leave if SIGTERM or Ctrl-C arrived at any rank during the last step."""
+        received = [number for number in self.ranks.gather(self._signals.received) if number]
+        if not received:
             return
         path = self.save_checkpoint()
         self.logger.warning(
             f"stopped by a signal after step {self.iter}; continue with --resume (saved {path})"
         )
-        raise TrainingInterrupted(self._signals.received)
+        raise TrainingInterrupted(received[0])
+
+    def mark(self, what: str, step: int | None = None) -> None:
+        """Note that this rank got here; a rank that stays behind is found by its last mark."""
 
     # --- building
 
     def _start(self) -> None:
         """Log file, message hub and visualizer of a training or an evaluation."""
-        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self.ranks.on_main(lambda: self.log_dir.mkdir(parents=True, exist_ok=True))
         self.logger = self._build_logger("run", log_file=str(self.log_dir / "run.log"))
         self.message_hub = MessageHub.get_instance(f"{self.experiment_name}-{id(self)}")
         self.visualizer = build_visualizer(
@@ -271,7 +324,9 @@ class Runner(HookContract):
         seed = self._randomness.get("seed")
         if checkpoint is not None and seed is None:
             seed = read_meta(checkpoint)["seed"]
-        self.seed = set_randomness(seed, self._randomness.get("deterministic", False))
+        seed = draw_seed() if seed is None else seed
+        self.seed = self.ranks.broadcast(seed)
+        set_randomness(self.seed, self._randomness.get("deterministic", False))
         self.logger.info(describe_environment(self))
 
     def _close(self) -> None:
@@ -282,6 +337,11 @@ class Runner(HookContract):
         self.visualizer.close()
 
     def _find_resume_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from; the main rank looks, the others are told."""
+        found = self.ranks.on_main(self._look_for_checkpoint)
+        return found if found is None else Path(found)
+
+    def _look_for_checkpoint(self) -> Path | None:
         if not self._resume:
             return None
         if self._resume is not True:
@@ -300,20 +360,23 @@ class Runner(HookContract):
         section = self._sections[name]
         if section is None:
             return None
+        self.mark(f"building {name}")
         self._build_tokenizer()
-        loader = build_dataloader(
-            **section,
-            tokenizer=self.tokenizer,
-            accumulative_counts=self._accumulative_counts() if shuffle else 1,
-            shuffle=shuffle,
-            seed=self.seed,
-            rank=self.strategy.rank,
-            world_size=self.strategy.world_size,
-        )
+        with self.ranks.local_main_first():  # the others read what it put into the cache
+            loader = build_dataloader(
+                **section,
+                tokenizer=self.tokenizer,
+                accumulative_counts=self._accumulative_counts() if shuffle else 1,
+                shuffle=shuffle,
+                seed=self.seed,
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
+            )
+        check_equal_data(name, loader, self.ranks)
         ledger = getattr(loader.dataset, "ledger", None)
         if ledger is not None:
             self.logger.info(f"{name}:\n{ledger.report()}")
-            if self.log_dir.is_dir():
+            if self.log_dir.is_dir() and self.ranks.is_main:
                 (self.log_dir / f"{name}_ledger.json").write_text(
                     json.dumps(ledger.to_dict(), indent=1)
                 )
@@ -329,21 +392,25 @@ class Runner(HookContract):
         if self.tokenizer is None and self._sections["tokenizer"] is not None:
             self.tokenizer = MODELS.build(self._sections["tokenizer"], config_key="tokenizer")
 
-    def _build_model(self, *, train: bool) -> None:
+    def _build_model(self, *, train: bool, weights: str | Path | None = None) -> None:
+        self.mark("building the model")
         self._build_tokenizer()
         self.model = MODELS.build(
             self._sections["model"], config_key="model", tokenizer=self.tokenizer
         )
-        if self._load_from is not None:
-            self.model.load_pretrained(self._load_from)
-            self.logger.info(f"weights loaded from {self._load_from}")
+        if weights is not None:
+            self.model.load_pretrained(weights)
+            self.logger.info(f"weights loaded from {weights}")
         section = self._sections["optim_wrapper"]
         if isinstance(section, dict):
             section = {key: value for key, value in section.items() if key != "type"}
             self.optim_wrapper = OptimWrapper(**section)
         else:
             self.optim_wrapper = section
+        self.frozen_weights = frozen_digest(self.model)
+        self.mark("placing the model")
         self.model = self.strategy.prepare(self.model, self.optim_wrapper, train=train)
+        set_randomness(seed_of_rank(self.seed, self.ranks.rank))
         precision = self.strategy.precision
         self.logger.info(f"compute dtype {precision.dtype} ({precision.reason})")
         if self._compile:
@@ -394,10 +461,8 @@ class Runner(HookContract):
         dataloader = self._build_dataloader(name)
         setattr(self, name, dataloader)
         if self.model is None:
-            self._build_model(train=False)
-            if (checkpoint := self._find_resume_checkpoint()) is not None:
-                self.model.load_pretrained(checkpoint)
-                self.logger.info(f"weights loaded from {checkpoint}")
+            checkpoint = self._find_resume_checkpoint()
+            self._build_model(train=False, weights=checkpoint or self._load_from)
         loop = self._build_eval_loop(stage, {"val": ValLoop, "test": TestLoop}[stage], dataloader)
         setattr(self, f"{stage}_loop", loop)
         self.call_hook("before_run")
