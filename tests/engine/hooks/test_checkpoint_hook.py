@@ -5,6 +5,7 @@ import pytest
 
 from tests.engine.hooks.toy_run import log_text, toy_loader, train
 from xtuner_lite.engine.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
+from xtuner_lite.engine.distributed import Ranks
 from xtuner_lite.engine.hooks.checkpoint_hook import CheckpointHook, rule_of_metric
 
 
@@ -50,11 +51,13 @@ class Validation:
             val_loop=object(),
             logger=SimpleNamespace(info=lambda *a: None, warning=lambda *a: None, error=print),
             save_checkpoint=self.save,
+            finish_saving=lambda: None,
+            strategy=SimpleNamespace(ranks=Ranks()),
         )
         self.step = 0
         hook.before_train(self.runner)
 
-    def save(self):
+    def save(self, asynchronous=False):
         from xtuner_lite.engine.checkpoint import checkpoints_dir, write_checkpoint
 
         target = checkpoints_dir(self.runner.work_dir) / f"iter_{self.step}"

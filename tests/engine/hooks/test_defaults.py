@@ -9,7 +9,7 @@ from xtuner_lite.registry import HOOKS
 
 def test_every_default_builds_without_arguments():
     hooks = {name: HOOKS.build(dict(cfg)) for name, cfg in DEFAULT_HOOKS.items()}
-    assert len(hooks) == 10
+    assert len(hooks) == 11
     for name, hook in hooks.items():
         assert isinstance(hook, Hook), name
     # MMEngine has hooks of these names; ours must win.

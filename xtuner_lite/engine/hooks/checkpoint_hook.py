@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from mmengine.hooks import Hook
 
 from xtuner_lite.engine.checkpoint import (
@@ -47,6 +46,8 @@ class CheckpointHook(Hook):
         save_best: key of the validation metrics (``"loss"``, or ``"auto"`` for their first) whose
             best value gets a checkpoint that is never removed until a better one is saved.
         rule: ``"less"`` or ``"greater"`` is better. None: from the name of the metric.
+        asynchronous: copy the state at ``interval`` and write it while training goes on; costs
+            memory for the copy. The last and the best checkpoint are always waited for.
 
     Raises:
         ValueError: an option out of range, or a metric whose rule its name does not tell.
@@ -62,6 +63,7 @@ class CheckpointHook(Hook):
         max_keep_ckpts: int | None = None,
         save_best: str | None = None,
         rule: Literal["less", "greater"] | None = None,
+        asynchronous: bool = False,
     ) -> None:
         self.interval = _positive_or_none("interval", interval)
         self.max_keep_ckpts = _positive_or_none("max_keep_ckpts", max_keep_ckpts)
@@ -72,6 +74,8 @@ class CheckpointHook(Hook):
         self.rule = rule or (rule_of_metric(save_best) if known_name else None)
         self.best_score: float | None = None
         self.best_name: str | None = None
+        self.asynchronous = asynchronous
+        self._unpruned: Path | None = None  # being written; older ones go when it is whole
         self._steps_done = 0
         self._last_saved = 0  # step whose state is on disk; a run starts from what is there
 
@@ -98,7 +102,7 @@ class CheckpointHook(Hook):
         """Saves at every ``interval``-th optimizer step."""
         self._steps_done = runner.iter + 1
         if self.interval and not self.by_epoch and self._steps_done % self.interval == 0:
-            self._save(runner)
+            self._save(runner, asynchronous=self.asynchronous)
 
     def after_train_epoch(self, runner) -> None:
         """Saves at every ``interval``-th epoch, with ``by_epoch``."""
@@ -106,7 +110,7 @@ class CheckpointHook(Hook):
             return
         epochs, steps_left = divmod(self._steps_done, len(runner.train_dataloader))
         if steps_left == 0 and epochs % self.interval == 0:  # else: max_iters ended within an epoch
-            self._save(runner)
+            self._save(runner, asynchronous=self.asynchronous)
 
     def after_val_epoch(self, runner, metrics: dict[str, float] | None = None) -> None:
         """Saves the best checkpoint when the watched metric improved."""
@@ -129,13 +133,23 @@ class CheckpointHook(Hook):
         if self.save_last:
             self._save(runner)
 
-    def _save(self, runner) -> None:
+    def _save(self, runner, *, asynchronous: bool = False) -> None:
         """Saves this step unless it is saved already, then prunes (collective: all ranks call)."""
         if self._last_saved != self._steps_done:
-            path = Path(runner.save_checkpoint())
+            self._settle(runner)
+            self._unpruned = Path(runner.save_checkpoint(asynchronous=asynchronous))
             self._last_saved = self._steps_done
-            if runner.rank == 0 and self.max_keep_ckpts is not None:
-                self._prune(runner, path)
+        if not asynchronous:
+            self._settle(runner)
+
+    def _settle(self, runner) -> None:
+        """Waits for a checkpoint that is being written, and removes what it makes superfluous."""
+        if self._unpruned is None:
+            return
+        runner.finish_saving()
+        newest, self._unpruned = self._unpruned, None
+        if runner.rank == 0 and self.max_keep_ckpts is not None:
+            self._prune(runner, newest)
 
     def _prune(self, runner, newest: Path) -> None:
         """Removes all but the newest ``max_keep_ckpts`` and the best one; rank 0 only."""
@@ -194,10 +208,9 @@ class CheckpointHook(Hook):
         """
         if runner.iter == 0 or self.save_best is None:
             return
-        box = [self._best_on_disk(runner) if runner.rank == 0 else None]
-        if runner.world_size > 1:  # the other machines may not see the files of the first
-            torch.distributed.broadcast_object_list(box, src=0)
-        self.best_score, self.best_name = box[0]
+        box = self._best_on_disk(runner) if runner.rank == 0 else None
+        # Told by the main rank: the other machines may not see its files.
+        self.best_score, self.best_name = runner.strategy.ranks.broadcast(box)
 
     def _best_on_disk(self, runner) -> tuple[float | None, str | None]:
         """Score and folder name of the best checkpoint that is there, (None, None) without one."""
