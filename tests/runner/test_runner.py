@@ -377,3 +377,14 @@ def test_an_optim_wrapper_may_be_an_object(tmp_path):
     wrapper = OptimWrapper(dict(type="AdamW", lr=0.05), accumulative_counts=3, dtype="fp32")
     runner, recorder = train(tmp_path, optim_wrapper=wrapper)
     assert len(recorder.losses) == 4  # 12 samples, 2 x 3 a step, 2 epochs
+
+
+def test_a_pickled_checkpoint_is_opened_on_request_only(tmp_path):
+    weights = {"linear.weight": torch.full((1, 4), 0.25), "linear.bias": torch.zeros(1)}
+    torch.save({"state_dict": weights, "meta": {"iter": 3}}, tmp_path / "old.pth")
+    options = dict(load_from=str(tmp_path / "old.pth"), val_dataloader=EVAL)
+    with pytest.raises(ValueError, match="a pickled checkpoint, which is not opened unasked"):
+        Runner.from_cfg(toy_config(tmp_path, **options)).val()
+    runner = Runner.from_cfg(toy_config(tmp_path, allow_pth=True, **options))
+    runner.val()
+    assert torch.equal(runner.model.linear.weight.detach(), weights["linear.weight"])

@@ -34,6 +34,8 @@ from xtuner_lite.engine.distributed import (
 from xtuner_lite.engine.optim import OptimWrapper
 from xtuner_lite.engine.strategies.base import Strategy
 from xtuner_lite.engine.visualization import build_visualizer
+from xtuner_lite.models.pth import SUFFIXES as PTH_SUFFIXES
+from xtuner_lite.models.pth import load_pth
 from xtuner_lite.registry import LOOPS, MODELS, PARAM_SCHEDULERS, RUNNERS, STRATEGIES
 from xtuner_lite.runner.contract import HookContract, merge_default_hooks
 from xtuner_lite.runner.environment import (
@@ -73,6 +75,7 @@ class Runner(HookContract):
         default_hooks: name -> config, over engine.hooks.DEFAULT_HOOKS; None takes one away.
         custom_hooks: list of further hooks.
         load_from: folder of an adapter or model whose weights the run starts from.
+        allow_pth: let load_from be a pickled .pth of MMEngine or XTuner: tensors only are read.
         resume: True continues from the newest valid checkpoint of work_dir; a path, from that one.
         strategy: how the model is placed (registry STRATEGIES); default SingleDevice, and DDP where
             a launcher started several processes.
@@ -108,6 +111,7 @@ class Runner(HookContract):
         default_hooks: dict[str, Any] | None = None,
         custom_hooks: list[dict[str, Any]] | None = None,
         load_from: str | None = None,
+        allow_pth: bool = False,
         resume: bool | str = False,
         strategy: dict[str, Any] | None = None,
         launcher: str = "none",
@@ -144,6 +148,7 @@ class Runner(HookContract):
         )  # fmt: skip
         self._scheduler_configs = param_scheduler
         self._load_from, self._resume, self._compile = load_from, resume, compile
+        self._allow_pth = allow_pth
         self._randomness = dict(randomness or {})
         self._log_level = log_level
         self.hooks: list[Hook] = []
@@ -399,7 +404,7 @@ class Runner(HookContract):
             self._sections["model"], config_key="model", tokenizer=self.tokenizer
         )
         if weights is not None:
-            self.model.load_pretrained(weights)
+            self._load_weights(weights)
             self.logger.info(f"weights loaded from {weights}")
         section = self._sections["optim_wrapper"]
         if isinstance(section, dict):
@@ -415,6 +420,18 @@ class Runner(HookContract):
         self.logger.info(f"compute dtype {precision.dtype} ({precision.reason})")
         if self._compile:
             compile_layers(self.model, **(self._compile if isinstance(self._compile, dict) else {}))
+
+    def _load_weights(self, weights: str | Path) -> None:
+        if Path(weights).suffix not in PTH_SUFFIXES:
+            self.model.load_pretrained(weights)
+        elif self._allow_pth:
+            load_pth(self.model, weights)
+        else:
+            raise ValueError(
+                f"load_from={str(weights)!r} is a pickled checkpoint, which is not opened unasked. "
+                "If you trust where it comes from: allow_pth=True in the config (--cfg-options "
+                "allow_pth=True); its tensors are read, nothing else in it."
+            )
 
     def _build_train_loop(self) -> None:
         section = {"type": "TrainLoop", **(self._sections["train_cfg"] or {})}

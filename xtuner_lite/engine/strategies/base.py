@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from xtuner_lite.engine.optim import OptimWrapper
 from xtuner_lite.engine.pieces import Piece, PieceReader
 from xtuner_lite.engine.precision import Precision
 from xtuner_lite.structures import Batch, LossOutput
-
-if TYPE_CHECKING:
-    from xtuner_lite.methods.base import TrainingMethod
 
 
 class Strategy(ABC):
@@ -62,9 +59,9 @@ class Strategy(ABC):
 
     @abstractmethod
     def prepare(
-        self, model: TrainingMethod, optim_wrapper: OptimWrapper | None, *, train: bool
+        self, model: nn.Module, optim_wrapper: OptimWrapper | None, *, train: bool
     ) -> nn.Module:
-        """Cast and place the model; to train, build its optimizer. Returns the training method.
+        """Cast and place the training method; to train, build its optimizer. Returns the method.
 
         The parameters keep their names. Called with equal weights on every rank.
         """
