@@ -45,6 +45,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a packed sample")
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each run")
     parser.add_argument("--warmup", type=int, default=4, help="steps not counted, of these")
+    parser.add_argument(
+        "--trl-steps",
+        type=int,
+        help="TRL's, where it is so slow that it needs fewer (default: --steps); --warmup included",
+    )
     parser.add_argument("--pairs", type=int, default=2, help="how often both sides run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
@@ -53,6 +58,9 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 < args.warmup < args.steps:
         parser.error(f"--warmup {args.warmup} must lie between 1 and --steps {args.steps} - 1")
+    args.trl_steps = args.steps if args.trl_steps is None else args.trl_steps
+    if args.trl_steps <= args.warmup:
+        parser.error(f"--trl-steps {args.trl_steps} must be more than --warmup {args.warmup}")
     return args
 
 
@@ -71,7 +79,10 @@ def main() -> int:
         data.write_text(json.dumps(read_rows(args.data, args.rows)), encoding="utf-8")
         for pair in range(args.pairs):
             for side in sides:
-                result = run_side(pythons[side], scripts[side], model, data, Path(folder), args)
+                steps = args.trl_steps if side == "trl" else args.steps
+                result = run_side(
+                    pythons[side], scripts[side], model, data, Path(folder), args, steps=steps
+                )
                 run = {"side": side, "pair": pair, **measure(result, args.warmup), **result}
                 runs.append(run)
                 print(line(run), flush=True)
@@ -106,7 +117,14 @@ def read_rows(data: str | None, num_rows: int) -> list[dict[str, str]]:
 
 
 def run_side(
-    python: Path, script: Path, model: Path, data: Path, folder: Path, args: argparse.Namespace
+    python: Path,
+    script: Path,
+    model: Path,
+    data: Path,
+    folder: Path,
+    args: argparse.Namespace,
+    *,
+    steps: int,
 ) -> dict[str, Any]:
     """One run in a fresh process; what it wrote.
 
@@ -126,7 +144,7 @@ def run_side(
         "--out",
         str(out),
     ]
-    command += ["--work-dir", work_dir, "--steps", str(args.steps), "--dtype", args.dtype]
+    command += ["--work-dir", work_dir, "--steps", str(steps), "--dtype", args.dtype]
     command += ["--max-length", str(args.max_length), "--threads", str(args.threads)]
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     env["PYTHONPATH"] = str(HERE.parent) if script.parent == HERE else ""

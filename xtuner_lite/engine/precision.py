@@ -7,11 +7,13 @@ frozen base costs two bytes a parameter.
 
 from __future__ import annotations
 
+import platform
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
+from xtuner_lite.engine import cpu_bf16
 from xtuner_lite.structures import DTYPE_NAMES
 
 DTYPES = {
@@ -29,9 +31,22 @@ def choose_dtype(device_type: str) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "this GPU computes bf16"
         return "fp16", "this GPU has no bf16; fp16 with loss scaling"
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    if _cpu_computes_bf16():
         return "bf16", "this CPU computes bf16 (AVX512-BF16 or AMX)"
     return "fp32", "this CPU has no bf16 instructions"
+
+
+def _cpu_computes_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def emulates_bf16(device_type: str) -> bool:
+    """Whether this device is an x86 CPU on which torch emulates bf16 products.
+
+    The two questions above are about x86 alone; other CPUs are left as they are.
+    """
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return device_type == "cpu" and is_x86 and not _cpu_computes_bf16()
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -71,6 +86,9 @@ class Precision:
             dtype, self.reason = choose_dtype(device_type)
         self.dtype = parse_dtype(dtype)
         self.device_type = device_type
+        self._float32_products = self.dtype == torch.bfloat16 and emulates_bf16(device_type)
+        if self._float32_products:
+            self.reason += "; bf16 products are computed in float32, this CPU only emulates bf16"
         self.scaler: torch.amp.GradScaler | None = None
         if self.dtype == torch.float16:
             fixed = None if loss_scale == "dynamic" else float(loss_scale)
@@ -96,4 +114,6 @@ class Precision:
         """The context in which a forward pass runs."""
         if self.dtype == torch.float32:
             return nullcontext()
+        if self._float32_products:
+            cpu_bf16.enable()
         return torch.autocast(self.device_type, dtype=self.dtype)
