@@ -1,4 +1,4 @@
-"""Several ranks inside a test: each is a process forked from a server that has everything imported."""
+"""Several ranks inside a test, each a process forked from a server that has all imported."""
 
 from __future__ import annotations
 

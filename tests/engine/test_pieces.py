@@ -63,7 +63,8 @@ def test_any_range_is_read_across_the_pieces_of_ranks(tmp_path):
         piece = reader.piece("w", (4, 2), start, stop)
         assert torch.equal(piece.tensors["weight"], values[start:stop])
         assert torch.equal(piece.tensors["m"], -values[start:stop])
-        assert piece.scalars["step"].dtype == torch.float32 and piece.scalars["step"] == 3
+        assert piece.scalars["step"].dtype == torch.float32
+        assert piece.scalars["step"] == 3
 
 
 def test_a_lost_piece_another_shape_and_another_name_are_told(tmp_path):

@@ -1,7 +1,7 @@
 """Ranks, devices and randomness.
 
-``Ranks`` is all that the rest of the project uses to talk between processes: sums, gathered objects,
-one for all. In a run of one process each of its methods returns at once.
+``Ranks`` is all that the rest of the project uses to talk between processes: sums, gathered
+objects, one for all. In a run of one process each of its methods returns at once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from xtuner_lite.engine.network import set_gloo_interface
 
 Result = TypeVar("Result")
 
@@ -191,6 +193,7 @@ def init_distributed(
             "(and MASTER_PORT, a free port on it) for every process"
         )
     if not dist.is_initialized():
+        set_gloo_interface(os.environ["MASTER_ADDR"])
         if backend is None:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))

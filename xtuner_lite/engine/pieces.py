@@ -1,9 +1,9 @@
 """Training state in pieces: which part of which parameter a rank holds, and what belongs to it.
 
 Every strategy describes its part of the weights and of the optimizer as pieces: ``[start, stop)``
-of the parameter's elements in row-major order, by the parameter's name. A whole parameter, FSDP2's rows
-and ZeRO's flat partitions are all pieces, so a checkpoint written by one strategy on N ranks is read
-by any other on M: each asks for the elements that it holds.
+of the parameter's elements in row-major order, by the parameter's name. A whole parameter, FSDP2's
+rows and ZeRO's flat partitions are all pieces, so a checkpoint written by one strategy on N ranks
+is read by any other on M: each asks for the elements that it holds.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from xtuner_lite.engine.distributed import DEFAULT_SLOW_TIMEOUT_S
+from xtuner_lite.engine.distributed import DEFAULT_SLOW_TIMEOUT_S, DEFAULT_TIMEOUT_S
 from xtuner_lite.version import __version__
 
 if TYPE_CHECKING:
@@ -34,9 +34,11 @@ def apply_env(
         cudnn_benchmark: let cuDNN try its algorithms; for fixed shapes.
         mp_cfg: dict(mp_start_method='fork' | 'spawn' | 'forkserver') of the reading processes.
         dist_cfg: dict(backend=None, timeout=300, slow_timeout=7200), for a run of several
-            processes: see ``backend_options`` and engine.watchdog. Seconds.
+            processes. timeout: seconds without progress on any rank after which the run ends,
+            naming the rank that stayed behind; slow_timeout: the same while models load, data is
+            prepared and checkpoints are written.
     """
-    del dist_cfg  # read by backend_options
+    del dist_cfg  # read by the Runner, see ``timeouts``
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     torch.backends.cudnn.benchmark = cudnn_benchmark
@@ -45,13 +47,20 @@ def apply_env(
         torch.multiprocessing.set_start_method(method, force=True)
 
 
-def backend_options(env_cfg: dict[str, Any] | None) -> dict[str, Any]:
-    """``dist_cfg`` of the ``env_cfg`` section as arguments of ``init_distributed``."""
+def timeouts(env_cfg: dict[str, Any] | None) -> dict[str, float]:
+    """The time-outs of ``env_cfg.dist_cfg``, seconds: {'timeout_s': ..., 'slow_timeout_s': ...}.
+
+    Raises:
+        ValueError: one is not positive.
+    """
     given = dict((env_cfg or {}).get("dist_cfg") or {})
-    return {
-        "backend": given.get("backend"),
-        "timeout_s": float(given.get("slow_timeout", DEFAULT_SLOW_TIMEOUT_S)),
+    values = {
+        "timeout_s": float(given.get("timeout", DEFAULT_TIMEOUT_S)),
+        "slow_timeout_s": float(given.get("slow_timeout", DEFAULT_SLOW_TIMEOUT_S)),
     }
+    if min(values.values()) <= 0:
+        raise ValueError(f"env_cfg.dist_cfg: time-outs must be above 0 seconds, got {given}")
+    return values
 
 
 def describe_environment(runner: Runner) -> str:

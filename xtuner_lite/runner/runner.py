@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,16 @@ from xtuner_lite.engine.distributed import (
 from xtuner_lite.engine.optim import OptimWrapper
 from xtuner_lite.engine.strategies.base import Strategy
 from xtuner_lite.engine.visualization import build_visualizer
+from xtuner_lite.engine.watchdog import Watchdog
 from xtuner_lite.models.pth import SUFFIXES as PTH_SUFFIXES
 from xtuner_lite.models.pth import load_pth
 from xtuner_lite.registry import LOOPS, MODELS, PARAM_SCHEDULERS, RUNNERS, STRATEGIES
 from xtuner_lite.runner.contract import HookContract, merge_default_hooks
 from xtuner_lite.runner.environment import (
     apply_env,
-    backend_options,
     compile_layers,
     describe_environment,
+    timeouts,
 )
 from xtuner_lite.runner.loops import EvalLoop, TestLoop, TrainLoop, ValLoop
 from xtuner_lite.runner.persistence import (
@@ -135,7 +137,13 @@ class Runner(HookContract):
             runner_type,
         )  # handled where the config is loaded
         apply_env(**(env_cfg or {}))
-        self.ranks = init_distributed(launcher, **backend_options(env_cfg))
+        self._timeouts = timeouts(env_cfg)
+        self.ranks = init_distributed(
+            launcher,
+            backend=((env_cfg or {}).get("dist_cfg") or {}).get("backend"),
+            timeout_s=self._timeouts["slow_timeout_s"],
+        )
+        self._watchdog: Watchdog | None = None
         self.cfg = cfg
         self.work_dir = str(work_dir)
         self.timestamp = self.ranks.broadcast(time.strftime("%Y%m%d_%H%M%S"))
@@ -197,21 +205,23 @@ class Runner(HookContract):
             TrainingInterrupted: a signal came; everything is saved, the exit code is 143 or 130.
         """
         with ExitStack() as stack:
+            stack.enter_context(self._watched())
             with self.ranks.together():
                 if self.ranks.is_main:
                     stack.enter_context(exclusive_work_dir(self.work_dir))
-            self._start()
-            checkpoint = self._find_resume_checkpoint()
-            self._seed(checkpoint)
-            self._last_saved, self.param_schedulers = None, []
-            self.train_dataloader = self._build_dataloader("train_dataloader", shuffle=True)
-            self.val_dataloader = self._build_dataloader("val_dataloader")
-            self._build_model(train=True, weights=self._load_from)
-            self._build_train_loop()
-            self.call_hook("before_run")
-            if checkpoint is not None:
-                resume_run(self, checkpoint)
-                self.logger.info(f"resumed from {checkpoint} at step {self.train_loop.iter}")
+            with self._slow("preparing the run"):
+                self._start()
+                checkpoint = self._find_resume_checkpoint()
+                self._seed(checkpoint)
+                self._last_saved, self.param_schedulers = None, []
+                self.train_dataloader = self._build_dataloader("train_dataloader", shuffle=True)
+                self.val_dataloader = self._build_dataloader("val_dataloader")
+                self._build_model(train=True, weights=self._load_from)
+                self._build_train_loop()
+                self.call_hook("before_run")
+                if checkpoint is not None:
+                    resume_run(self, checkpoint)
+                    self.logger.info(f"resumed from {checkpoint} at step {self.train_loop.iter}")
             stack.enter_context(self._signals)
             stack.callback(self._close)
             self.train_loop.run()
@@ -264,12 +274,12 @@ class Runner(HookContract):
         self.finish_saving()
         if self._last_saved != target:
             begin = time.perf_counter()
-            self.mark("writing a checkpoint", self.iter)
-            snapshot = RunSnapshot(self, clone=asynchronous)
-            if asynchronous:
-                self._writer = AsyncWriter(target, snapshot.write, self.ranks)
-            else:
-                write_checkpoint(target, snapshot.write, self.ranks)
+            with self._slow("writing a checkpoint"):
+                snapshot = RunSnapshot(self, clone=asynchronous)
+                if asynchronous:
+                    self._writer = AsyncWriter(target, snapshot.write, self.ranks)
+                else:
+                    write_checkpoint(target, snapshot.write, self.ranks)
             self._last_saved = target
             what = "is being written" if asynchronous else "saved"
             self.logger.info(f"checkpoint {what}: {target} ({time.perf_counter() - begin:.1f} s)")
@@ -283,7 +293,8 @@ class Runner(HookContract):
         """
         writer, self._writer = self._writer, None
         if writer is not None:
-            writer.finish()
+            with self._slow("waiting for a checkpoint to be written"):
+                writer.finish()
 
     def check_signals(self) -> None:
         """Save and leave if SIGTERM or Ctrl-C arrived at any rank during the last step."""
@@ -298,6 +309,40 @@ class Runner(HookContract):
 
     def mark(self, what: str, step: int | None = None) -> None:
         """Note that this rank got here; a rank that stays behind is found by its last mark."""
+        if self._watchdog is not None:
+            self._watchdog.mark(what, step)
+
+    @contextmanager
+    def _slow(self, what: str) -> Iterator[None]:
+        """A phase that may take long without a mark (env_cfg.dist_cfg.slow_timeout)."""
+        if self._watchdog is None:
+            yield
+            return
+        with self._watchdog.slow(what, self._timeouts["slow_timeout_s"]):
+            yield
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Where ranks fail or stay behind, end the run on all of them and say which one it was."""
+        ranks = self.ranks
+        if ranks.world_size == 1:
+            yield
+            return
+        self._watchdog = Watchdog(
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            local_rank=ranks.local_rank,
+            timeout_s=self._timeouts["timeout_s"],
+            log_dir=self.log_dir,
+        )
+        self._watchdog.start()
+        try:
+            yield
+        except BaseException as error:
+            self._watchdog.failed(error)
+            raise
+        self._watchdog.close()
+        self._watchdog = None
 
     # --- building
 
@@ -473,21 +518,23 @@ class Runner(HookContract):
         name = f"{stage}_dataloader"
         if self._sections[name] is None:
             raise ValueError(f"the config has no {name}; add one (as train_dataloader) to evaluate")
-        self._start()
-        self._seed(None)
-        dataloader = self._build_dataloader(name)
-        setattr(self, name, dataloader)
-        if self.model is None:
-            checkpoint = self._find_resume_checkpoint()
-            self._build_model(train=False, weights=checkpoint or self._load_from)
-        loop = self._build_eval_loop(stage, {"val": ValLoop, "test": TestLoop}[stage], dataloader)
-        setattr(self, f"{stage}_loop", loop)
-        self.call_hook("before_run")
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(self._watched())
+            with self._slow("preparing the evaluation"):
+                self._start()
+                stack.callback(self._close)
+                self._seed(None)
+                dataloader = self._build_dataloader(name)
+                setattr(self, name, dataloader)
+                if self.model is None:
+                    checkpoint = self._find_resume_checkpoint()
+                    self._build_model(train=False, weights=checkpoint or self._load_from)
+                default = {"val": ValLoop, "test": TestLoop}[stage]
+                loop = self._build_eval_loop(stage, default, dataloader)
+                setattr(self, f"{stage}_loop", loop)
+            self.call_hook("before_run")
             results = loop.run()
-        finally:
-            self._close()
-        self.call_hook("after_run")
+            self.call_hook("after_run")
         return results
 
 
