@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def trials(number, mode, seed=0):
+def trials(number, strategy, mode, seed=0):
     done = subprocess.run(
         [
             sys.executable,
             "tests/reliability/kill_trials.py",
             f"--trials={number}",
+            f"--strategy={strategy}",
             f"--mode={mode}",
             f"--seed={seed}",
         ],
@@ -29,14 +30,16 @@ def trials(number, mode, seed=0):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_20_kills_resume_bit_identically():
-    result = trials(20, "lora")
+@pytest.mark.parametrize(("strategy", "number"), [("single", 20), ("fsdp2", 4), ("zero2", 4)])
+def test_kills_resume_bit_identically(strategy, number):
+    result = trials(number, strategy, "lora")
     assert result["failures"] == []
-    assert result["passes"] == 20
+    assert result["passes"] == number
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_100_kills_resume_bit_identically(mode):
-    result = trials(100, mode, seed=1)
-    assert (result["passes"], result["failures"]) == (100, [])
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2", "zero2", "zero3"])
+def test_30_kills_resume_bit_identically(strategy, mode):
+    result = trials(30, strategy, mode, seed=1)
+    assert (result["passes"], result["failures"]) == (30, [])

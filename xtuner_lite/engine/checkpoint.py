@@ -69,7 +69,8 @@ def write_checkpoint(
     """Make the checkpoint folder ``target`` from what ``write(folder)`` puts into an empty folder.
 
     Args:
-        write: called on every rank with the same folder; must not wait for other ranks.
+        write: called on every rank with the same folder; it may fail on one rank, so it must not
+            wait for others, unless all of them come there whatever fails.
         ranks: the processes of the run; all call this together. None is this one.
 
     Raises:
@@ -80,8 +81,9 @@ def write_checkpoint(
     ranks = ranks or Ranks()
     aside = Path(ranks.on_main(lambda: str(begin_checkpoint(target))))
     try:
-        with ranks.together(), told_where_full(target):
+        with ranks.together():
             check_shared(aside)
+        with ranks.together(), told_where_full(target):
             write(aside)
         with ranks.together(), told_where_full(target):
             if ranks.is_main:
@@ -140,7 +142,8 @@ def verify_checkpoint(path: str | Path) -> None:
     """Compare every file with the manifest.
 
     Raises:
-        CheckpointError: no manifest, or a file that is missing, changed, cut short or not listed.
+        CheckpointError: no manifest, a file that is missing, changed or cut short, or a file among
+            the training state that the manifest does not list.
     """
     path = Path(path)
     manifest_path = path / MANIFEST
@@ -172,19 +175,30 @@ def verify_checkpoint(path: str | Path) -> None:
             raise CheckpointError(f"{file} has {size} bytes, {entry['size']} were written")
         if _sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{file} was changed after it was written (sha256 differs)")
+    for name in sorted(present - set(files)):  # a note beside the weights does no harm, state does
+        if name.startswith(TRAINER_DIR + "/"):
+            raise CheckpointError(f"{path / name} was not written with the checkpoint; remove it")
 
 
-def newest_valid_checkpoint(work_dir: str | Path, warn: Callable[[str], None]) -> Path | None:
+def newest_valid_checkpoint(
+    work_dir: str | Path,
+    warn: Callable[[str], None],
+    *,
+    wanted: Callable[[int], bool] | None = None,
+) -> Path | None:
     """The newest checkpoint that passes ``verify_checkpoint``; None where there is no checkpoint.
 
     Args:
         warn: told of each damaged checkpoint that is passed over.
+        wanted: given the optimizer steps of a checkpoint, whether to look at it at all.
 
     Raises:
         CheckpointError: there are checkpoints and each of them is damaged.
     """
     reasons = []
     for path in reversed(list_checkpoints(work_dir)):
+        if wanted is not None and not wanted(int(_NAME.match(path.name)[1])):
+            continue
         try:
             verify_checkpoint(path)
         except CheckpointError as error:
