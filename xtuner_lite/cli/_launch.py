@@ -40,9 +40,9 @@ from typing import Any
 LAUNCH_DIR = "XTUNER_LITE_LAUNCH_DIR"
 LAUNCHER_PID = "XTUNER_LITE_LAUNCHER_PID"
 
-#: Seconds that other ranks get to end after one failed; less once they agreed on the failure.
-GRACE_S = 4.0
-AGREED_GRACE_S = 2.0
+#: Seconds that ranks get to end by themselves after one failed, by what they agreed on: a rank that
+#: raised is to tell its error; one that hangs has used up its time.
+GRACE_S = {"error": 6.0, "undecided": 4.0, "else": 2.0}
 _POLL_S = 0.02
 
 
@@ -216,6 +216,7 @@ class Supervisor:
         self._ended: dict[int, int | None] = {}  # rank -> exit code, in the order of their ends
         self._signals: list[int] = []
         self._forwarded = 0
+        self._failure: dict[str, Any] | None = None  # what the ranks agreed on
         self._kill_at: float | None = None
 
     def run(self) -> int:
@@ -249,17 +250,16 @@ class Supervisor:
                 if ended:
                     self._note_end(rank, pid, code)
         self._forward_signals()
-        if self._kill_at is None and self._has_failed():
-            self._kill_at = time.monotonic() + GRACE_S
-        if self._kill_at is not None:
-            if (self._folder / "failure.json").exists():
-                self._kill_at = min(self._kill_at, time.monotonic() + AGREED_GRACE_S)
-            if time.monotonic() >= self._kill_at:
-                self._kill()
+        if self._failure is None and (failure := _read(self._folder / "failure.json")) is not None:
+            self._failure = failure
+            self._kill_in(GRACE_S.get(failure["kind"], GRACE_S["else"]))
+        elif self._kill_at is None and any(code != 0 for code in self._ended.values()):
+            self._kill_in(GRACE_S["undecided"])
+        if self._kill_at is not None and time.monotonic() >= self._kill_at:
+            self._kill()
 
-    def _has_failed(self) -> bool:
-        agreed = (self._folder / "failure.json").exists()
-        return agreed or any(code != 0 for code in self._ended.values())
+    def _kill_in(self, seconds: float) -> None:
+        self._kill_at = time.monotonic() + seconds
 
     def _is_over(self) -> bool:
         """All is killed, and what started it waits for something else, e.g. other machines."""
@@ -284,14 +284,14 @@ class Supervisor:
             name = signal.Signals(number).name
             if self._forwarded > 1:
                 _say(f"{name} again: the processes are killed")
-                self._kill_at = time.monotonic()
+                self._kill_in(0.0)
                 return
             _say(f"{name}: the processes finish their step, save and end; once more kills them")
             for rank, pid in self._pids.items():
                 if rank not in self._ended:
                     _signal(pid, number)
             if len(self._pids) < self._nproc:  # they are only starting: nothing to save
-                self._kill_at = time.monotonic() + GRACE_S
+                self._kill_in(GRACE_S["undecided"])
 
     def _kill(self) -> None:
         for rank, pid in self._pids.items():
@@ -305,7 +305,7 @@ class Supervisor:
         interrupted = [_read(path) for path in sorted(self._folder.glob("interrupted_*.json"))]
         if not failed and interrupted:
             return 128 + interrupted[0]["signal"]
-        failure = _read(self._folder / "failure.json")
+        failure = self._failure
         if self._signals and failure is None:
             return 128 + self._signals[0]
         if failure is None and not failed:
@@ -317,7 +317,7 @@ class Supervisor:
         how = how_it_ended(code)
         if failure is not None:
             rank = failure["rank"]
-            code = codes.get(rank, 1) if failure["kind"] in ("error", "died") else 1
+            code = failure["exit_code"] if failure["kind"] in ("error", "died") else 1
             how = _HOW.get(failure["kind"]) or how_it_ended(code)
         _say(f"rank {rank} {how}; every process of this machine has ended")
         return 128 - code if (code or 0) < 0 else (code or 1)

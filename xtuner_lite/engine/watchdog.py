@@ -6,7 +6,7 @@ heartbeats over the store of the process group (engine.watchdog_line). The other
 reads (the rules: engine.watchdog_blame) and ends the process, whatever the main thread waits for:
 
 - a rank's error is known to all within a second; the first one told is the one that counts;
-- where no rank gets further for ``timeout_s``, the rank that stayed behind is named, with its stack;
+- where no rank gets further for ``timeout_s``, the rank that stayed behind is named with its stack;
 - a rank without a sign of life, or a store that does not answer, is named with its host.
 """
 
@@ -59,7 +59,7 @@ _PAUSE_S = 3.0
 #: The store may live in rank 0's process: before it ends, the others get this long to read it.
 _READ_S = 2.5 * BEAT_S
 #: How long a rank that failed may take to leave by itself.
-_LEAVE_S = 3.0
+_LEAVE_S = 5.0
 
 _numbers = itertools.count()
 
