@@ -5,29 +5,36 @@ BIN = $(VENV)/bin
 NAME ?= Xiaolan
 AUTHOR ?= the xtuner_lite team
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow reliability lint format bench clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/xtuner-lite demo --name "$(NAME)" --author "$(AUTHOR)"
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.installed
+test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/.installed
+reliability: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/reliability.py
+
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell
 
-format: $(VENV)/.installed
+format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/sft_throughput.py
 
 clean:

@@ -28,6 +28,8 @@ EXTRAS["dev"] = [
     "codespell>=2.3",
     "pre-commit>=4",
     *EXTRAS["demo"],
+    *EXTRAS["qlora"],
+    *EXTRAS["deepspeed"],
     *EXTRAS["tensorboard"],
 ]
 
