@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from xtuner_lite.data.dataloader import StepDataLoader
 from xtuner_lite.engine.distributed import Ranks
 from xtuner_lite.engine.metrics import Metric
 from xtuner_lite.registry import LOOPS, METRICS
+from xtuner_lite.runner.rollback import find_rollback, roll_back
 from xtuner_lite.structures import Batch, LossOutput
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ class TrainLoop:
         self._iter = 0
         self.data_time_s = 0.0  # waiting for the micro-batches of the current step
         self._skip = False
+        self._rollback: Path | None = None
         self._ending_epoch: int | None = None
 
     @property
@@ -93,6 +96,20 @@ class TrainLoop:
     def skip_step(self) -> None:
         """For hooks, in ``before_optimizer_step``: drop the gradients, leave the weights."""
         self._skip = True
+
+    def request_rollback(self, before: int, multiple_of: int = 1) -> int:
+        """For hooks, in ``before_optimizer_step``, on every rank: drop this step and go back.
+
+        Instead of the update, the state of the newest whole checkpoint of at most ``before`` steps
+        (of those saved after a multiple of ``multiple_of``) is loaded, see runner.rollback; the
+        data goes on after this step. Returns the steps of that checkpoint.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        self._rollback, num_steps = find_rollback(self.runner, before, multiple_of)
+        self._skip = True
+        return num_steps
 
     def run(self) -> None:
         """Train until max_iters, a hook sets ``stop_training`` or a signal asks to end."""
@@ -152,6 +169,10 @@ class TrainLoop:
         self._skip = strategy.ranks.any(self._skip)  # a hook may look at one rank's data only
         if self._skip:
             strategy.discard_gradients()
+        if self._rollback is not None:
+            mark("going back to a checkpoint", step)
+            roll_back(runner, self._rollback)
+            self._rollback = None
         outputs["updated"] = 0.0 if self._skip else float(strategy.step())
         self.num_completed_steps = step
         mark("hooks after the step", step)

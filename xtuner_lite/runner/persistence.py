@@ -172,11 +172,11 @@ def resume_run(runner: Runner, path: Path) -> None:
         )
 
 
-def load_run_state(runner: Runner, path: Path, *, keep_hooks: Iterable[str] = ()) -> None:
+def load_run_state(runner: Runner, path: Path, *, keep_progress: bool = False) -> None:
     """Weights, optimizer, schedulers, generators and hooks of ``path``; not the position.
 
     Args:
-        keep_hooks: names of hook classes whose state stays as it is.
+        keep_progress: schedules and hook states, which count the run, stay as they are.
     """
     trainer, strategy = path / TRAINER_DIR, runner.strategy
     state = load_state(trainer, "state")
@@ -196,23 +196,26 @@ def load_run_state(runner: Runner, path: Path, *, keep_hooks: Iterable[str] = ()
     runner.call_hook("after_load_checkpoint", checkpoint=checkpoint)
     if replaced:
         _load_replaced(runner.model, checkpoint["state_dict"], replaced)
+    if not keep_progress:
+        _load_progress(runner, state)
+    stem = f"random_{strategy.rank:05d}"
+    if meta["world_size"] == strategy.world_size:
+        load_random_state(load_state(trainer, stem))
+    else:
+        set_randomness(seed_of_rank(runner.seed + meta["iter"], strategy.rank))
+
+
+def _load_progress(runner: Runner, state: dict[str, Any]) -> None:
     for scheduler, saved in zip(runner.param_schedulers, state["param_schedulers"], strict=True):
         scheduler.load_state_dict(saved)
     hooks = dict(_stateful_hooks(runner))
     for name, saved in state["hooks"].items():
-        if name in keep_hooks:
-            continue
         if name in hooks:
             hooks[name].load_state_dict(saved)
         else:
             runner.logger.warning(
                 f"the checkpoint holds state of hook {name}, which this run does not have"
             )
-    stem = f"random_{strategy.rank:05d}"
-    if meta["world_size"] == strategy.world_size:
-        load_random_state(load_state(trainer, stem))
-    else:
-        set_randomness(seed_of_rank(runner.seed + meta["iter"], strategy.rank))
 
 
 def check_equal_data(name: str, loader: StepDataLoader, ranks: Ranks) -> None:

@@ -12,6 +12,7 @@ DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
     "param_scheduler": {"type": "ParamSchedulerHook"},
     "throughput": {"type": "ThroughputHook"},
     "nan_guard": {"type": "NonFiniteGuardHook"},
+    "loss_spike": {"type": "LossSpikeHook"},
     "trainability": {"type": "TrainabilityReportHook"},
     "dataset_preview": {"type": "DatasetPreviewHook"},
     "logger": {"type": "LoggerHook"},

@@ -63,7 +63,7 @@ class NonFiniteGuardHook(Hook):
         if math.isfinite(loss) and gradient_is_finite:
             self._num_in_a_row = 0
             return
-        if math.isfinite(loss) and _scaler_will_skip(runner):
+        if math.isfinite(loss) and scaler_will_skip(runner):
             return
         what = (
             f"step {runner.iter + 1}: loss {loss}, grad_norm {grad_norm}; the update was not made. "
@@ -102,7 +102,7 @@ def rows_of_step(data_batch: Any) -> str:
     return ", ".join(rows[:_MAX_ROWS_SHOWN]) + more
 
 
-def _scaler_will_skip(runner) -> bool:
+def scaler_will_skip(runner) -> bool:
     """Whether an fp16 gradient scaler is at work that still has room to lower its scale."""
     precision = getattr(runner.strategy, "precision", None)
     scaler = getattr(precision, "scaler", None)
