@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from xtuner_lite.models.adapters import add_adapter
 from xtuner_lite.models.packed_forward import unwrap_adapter
+from xtuner_lite.models.streamed_save import SavePlan, plan_save, write_planned
 from xtuner_lite.models.weights import (
     load_adapter_weights,
     load_model_weights,
@@ -124,6 +127,37 @@ class TrainingMethod(nn.Module, ABC):
             }
         save = save_adapter if self.has_adapter else save_model
         save(self.llm, Path(folder), state_dict)
+
+    def plan_streamed_save(self) -> SavePlan | None:
+        """What ``save_streamed`` writes; None: only ``save_pretrained`` can save this method.
+
+        So it is with adapters, which are small, and where transformers converts on saving. What
+        trains is announced in float32, as every strategy keeps it.
+        """
+        return None if self.has_adapter else plan_save(self.llm, trained_dtype=torch.float32)
+
+    def save_streamed(
+        self,
+        folder: str | Path | None,
+        plan: SavePlan,
+        stream: Callable[[Iterable[str]], Iterator[tuple[str, Tensor | None]]],
+    ) -> None:
+        """Writes what ``save_pretrained`` would; no rank holds more than one whole tensor.
+
+        Every rank calls it. An error of the one that writes is raised when all tensors were drawn.
+
+        Args:
+            folder: made when absent; None on ranks that only take part in the gathering.
+            plan: of ``plan_streamed_save``, the same on every rank.
+            stream: gathers the tensors of given names one after the other (Strategy's
+                ``stream_weights``).
+        """
+        weights = (tensor for _, tensor in stream([_PREFIX + name for name in plan.names]))
+        if folder is None:
+            for _ in weights:
+                pass
+        else:
+            write_planned(self.llm, Path(folder), plan, weights)
 
     def load_pretrained(self, folder: str | Path) -> None:
         """Takes the weights (nothing else) of an HF adapter or model folder, or of a checkpoint.

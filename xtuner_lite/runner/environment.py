@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from xtuner_lite.engine.distributed import DEFAULT_SLOW_TIMEOUT_S, DEFAULT_TIMEOUT_S
+from xtuner_lite.engine.strategies.fsdp2_sharding import repeated_layers
 from xtuner_lite.version import __version__
 
 if TYPE_CHECKING:
@@ -95,12 +96,7 @@ def compile_layers(model: nn.Module, **options: Any) -> int:
     Raises:
         ValueError: no module of ``model`` says which of its layers repeat.
     """
-    names = {
-        name
-        for module in model.modules()
-        for name in getattr(module, "_no_split_modules", None) or ()
-    }
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    layers = repeated_layers(model)
     if not layers:
         raise ValueError("compile=True found no repeated layers in this model; set compile=False")
     for layer in layers:

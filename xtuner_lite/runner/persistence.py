@@ -24,10 +24,12 @@ from xtuner_lite.engine.distributed import (
 )
 from xtuner_lite.engine.pieces import PieceReader, copy_to_cpu, trainable_names, write_pieces
 from xtuner_lite.engine.state_io import load_state, save_state
+from xtuner_lite.engine.strategies.fsdp2_sharding import original_class
 from xtuner_lite.version import __version__
 
 if TYPE_CHECKING:
     from xtuner_lite.data.dataloader import StepDataLoader
+    from xtuner_lite.models.streamed_save import SavePlan
     from xtuner_lite.runner.runner import Runner
 
 # What must be equal for a resume to be exact, with what to do where it is not.
@@ -45,17 +47,24 @@ _MUST_MATCH = {
 class RunSnapshot:
     """A run as it stood after a step, in CPU memory, ready to be written by ``write``.
 
-    Made on every rank together (it gathers weights); writing needs no word between ranks.
+    Made on every rank together (it gathers weights). Writing needs no word between ranks, except
+    where a whole model lies in parts on them: it is gathered tensor by tensor while it is written,
+    so that no rank holds it.
 
     Args:
         runner: the run, between two steps.
-        clone: keep copies, so that training may go on while it is written.
+        clone: keep copies, so that training may go on while it is written. The main rank then holds
+            all that is written.
     """
 
     def __init__(self, runner: Runner, *, clone: bool = False) -> None:
         strategy, model = runner.strategy, runner.model
         names = sorted(trainable_names(model)) if _has_adapter(model) else list(model.state_dict())
-        weights = dict(strategy.full_weights(names))
+        self.plan = None if clone else _plan_streamed_save(runner)
+        if self.plan is None:
+            weights = dict(strategy.full_weights(names))
+        else:
+            weights = model.state_dict()  # for hooks to look at: this rank's parts
         own = dict(weights)
         checkpoint: dict[str, Any] = {"state_dict": weights, "meta": describe_run(runner)}
         runner.call_hook("before_save_checkpoint", checkpoint=checkpoint)
@@ -71,7 +80,8 @@ class RunSnapshot:
         self.random = random_state()
         if not self.is_main:
             return
-        self.weights = {k: _on_cpu(v, clone) for k, v in weights.items()}
+        if self.plan is None:
+            self.weights = {k: _on_cpu(v, clone) for k, v in weights.items()}
         buffers = {name for name, _ in model.named_buffers()}
         self.buffers = {k: _on_cpu(v, clone) for k, v in weights.items() if k in buffers}
         self.replaced = {k: _on_cpu(v, clone) for k, v in replaced.items()}
@@ -88,14 +98,20 @@ class RunSnapshot:
 
     def write(self, folder: Path) -> None:
         """Put this rank's files into the checkpoint ``folder``; the main rank writes the rest."""
+        runner = self.runner
+        if self.plan is not None:
+            # First of all: every rank takes part, and none may have failed before.
+            runner.model.save_streamed(
+                folder if self.is_main else None, self.plan, runner.strategy.stream_weights
+            )
         trainer = folder / TRAINER_DIR
         trainer.mkdir(exist_ok=True)
         write_pieces(trainer, self.rank, self.pieces)
         save_state(self.random, trainer, f"random_{self.rank:05d}")
         if not self.is_main:
             return
-        runner = self.runner
-        runner.model.save_pretrained(folder, self.weights)
+        if self.plan is None:
+            runner.model.save_pretrained(folder, self.weights)
         if runner.tokenizer is not None:
             runner.tokenizer.save_pretrained(folder)
         save_state(self.meta, trainer, "meta")
@@ -108,6 +124,14 @@ class RunSnapshot:
             from xtuner_lite.config import dump_config
 
             dump_config(runner.cfg, folder / "config.py")
+
+
+def _plan_streamed_save(runner: Runner) -> SavePlan | None:
+    """The same plan on every rank; None where the weights are not in parts, or must be held."""
+    plan_save = getattr(runner.model, "plan_streamed_save", None)
+    if not runner.strategy.is_sharded or plan_save is None:
+        return None
+    return runner.strategy.ranks.on_main(plan_save)
 
 
 def describe_run(runner: Runner) -> dict[str, Any]:
@@ -131,7 +155,7 @@ def describe_run(runner: Runner) -> dict[str, Any]:
         "num_samples": plan.sampler.num_samples,
         "data_fingerprint": dataset_fingerprint(runner.train_dataloader.dataset),
         "data_order": runner.train_dataloader.order_digest,
-        "method": type(runner.model).__name__,
+        "method": original_class(runner.model).__name__,
         "frozen_weights": runner.frozen_weights,
     }
 

@@ -18,14 +18,15 @@ class Texts:
         self.texts.append((name, text, step))
 
 
-def make_runner(work_dir):
+def make_runner(work_dir, *, rank=0, is_sharded=False):
     return SimpleNamespace(
         model=SimpleNamespace(llm=tiny_llama()),
         tokenizer=tiny_tokenizer(),
-        strategy=SimpleNamespace(forward_context=nullcontext),
+        strategy=SimpleNamespace(generation_context=nullcontext, is_sharded=is_sharded),
         work_dir=str(work_dir),
         iter=0,
-        rank=0,
+        rank=rank,
+        mark=lambda what, step=None: None,
         logger=logging.getLogger("chat"),
         visualizer=Texts(),
     )
@@ -111,6 +112,34 @@ def test_a_failure_warns_and_the_other_questions_are_asked(tmp_path, caplog):
     assert "no chat sample after step 0" in caplog.text
     assert "ValueError" in caplog.text
     assert [r["messages"][-1]["content"] for r in records(tmp_path)] == ["Hello"]
+
+
+def test_other_ranks_ask_only_where_the_model_is_sharded(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "xtuner_lite.engine.hooks.evaluate_chat_hook.generate_reply",
+        lambda *args, **options: asked.append(args[2][-1]["content"]) or "reply",
+    )
+    for is_sharded in (False, True):
+        runner = make_runner(tmp_path, rank=1, is_sharded=is_sharded)
+        train(runner, EvaluateChatHook(["Hello"], at_end=False))
+        assert asked == ["Hello"] * is_sharded
+    assert not list(tmp_path.iterdir())
+    assert not runner.visualizer.texts
+
+
+def test_where_the_model_is_sharded_a_failure_inside_it_ends_the_run(tmp_path, monkeypatch, caplog):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr("xtuner_lite.engine.hooks.evaluate_chat_hook.generate_reply", fail)
+    error = ValueError("too long")
+    train(make_runner(tmp_path, is_sharded=True), EvaluateChatHook(["Hello"]))
+    assert "too long" in caplog.text
+    error = RuntimeError("out of memory")
+    train(make_runner(tmp_path), EvaluateChatHook(["Hello"]))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(make_runner(tmp_path, is_sharded=True), EvaluateChatHook(["Hello"]))
 
 
 def test_a_resume_keeps_each_round_once(tmp_path):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from jinja2 import TemplateError
 from mmengine.hooks import Hook
 
 from xtuner_lite.engine.hooks.metrics_log import MetricsLog
@@ -13,6 +14,9 @@ from xtuner_lite.engine.visualization import add_text
 from xtuner_lite.models.generate import generate_reply
 from xtuner_lite.registry import HOOKS
 from xtuner_lite.structures import Message
+
+#: Refused messages (the template's errors) and too long ones: the same on every rank.
+_BEFORE_THE_MODEL_RUNS = (ValueError, TypeError, TemplateError)
 
 
 @HOOKS.register_module()
@@ -23,7 +27,9 @@ class EvaluateChatHook(Hook):
     replies go to the console and the log, to ``work_dir/<file_name>`` (an object a line: step,
     messages, reply) and as text to the visualizer. Training does not notice: random streams, the
     mode of every module and the gradients are as before. A reply that fails (out of memory, a
-    template that refuses the messages) makes a warning and never ends the training.
+    template that refuses the messages) makes a warning and does not end the training; under a
+    strategy that shards the model (FSDP2, ZeRO-3) only what fails before the model runs does not,
+    for after that the other ranks wait for this one.
 
     Args:
         questions: user turns, or conversations as lists of messages that end with a user turn.
@@ -97,16 +103,21 @@ class EvaluateChatHook(Hook):
             self._log.close()
 
     def _ask_all(self, runner) -> None:
-        """One round. All ranks generate, since a sharded model needs them all; one writes."""
+        """One round. One rank asks and writes; where each holds parts of the model, all ask."""
         self._last_round = self._steps_done
+        if not (runner.strategy.is_sharded or runner.rank == 0):
+            return
         begin, texts = time.perf_counter(), []
-        for messages in self.conversations:
+        for number, messages in enumerate(self.conversations, start=1):
+            runner.mark(f"chat sample {number}", self._steps_done)
             try:
-                with runner.strategy.forward_context():
+                with runner.strategy.generation_context():
                     reply = generate_reply(
                         runner.model.llm, runner.tokenizer, messages, **self.options
                     )
             except Exception as error:  # a sample is never worth a training
+                if runner.strategy.is_sharded and not isinstance(error, _BEFORE_THE_MODEL_RUNS):
+                    raise  # the other ranks wait in the middle of the model for this one
                 runner.logger.warning(
                     f"no chat sample after step {self._steps_done} for "
                     f"{messages[-1]['content']!r}: {type(error).__name__}: {error}"

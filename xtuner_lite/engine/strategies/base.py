@@ -6,7 +6,7 @@ The loop and the Runner know this interface only. A new strategy is one register
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -79,6 +79,13 @@ class Strategy(ABC):
     def forward_context(self) -> AbstractContextManager:
         """The context of a forward pass (autocast)."""
 
+    def generation_context(self) -> AbstractContextManager:
+        """The context in which the language model inside the method may be run by itself.
+
+        Where ``is_sharded``, every rank must enter it and run the same.
+        """
+        return self.forward_context()
+
     @abstractmethod
     def backward(self, loss_sum: Tensor, num_units: float, *, is_last: bool = True) -> None:
         """Add the gradient of loss_sum / num_units (units of the whole step, all ranks).
@@ -106,6 +113,15 @@ class Strategy(ABC):
 
         On the main rank the tensors; on the others it may be an empty mapping.
         """
+
+    def stream_weights(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | None]]:
+        """(name, whole tensor) one after the other, never two at a time where they are sharded.
+
+        Every rank must draw all of them; on the main rank the tensors are in CPU memory, on the
+        others None may stand in their place.
+        """
+        for name in names:
+            yield name, self.full_weights([name]).get(name)
 
     @abstractmethod
     def pieces(self) -> Iterable[Piece]:
