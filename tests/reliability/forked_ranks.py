@@ -156,11 +156,11 @@ def run_forked(body: Callable[[int], None], folder: Path, nproc: int = 2) -> Out
         os.waitstatus_to_exitcode(status),
         log.read_text(errors="replace"),
         ended_at - float(fault.read_text()) if fault.exists() else None,
-        _running_in(sessions),
+        running_in(sessions),
     )
 
 
-def _running_in(sessions: set[int]) -> list[int]:
+def running_in(sessions: set[int]) -> list[int]:
     """Pids of the processes of these sessions that have not ended."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):

@@ -213,7 +213,8 @@ class Supervisor:
     def __init__(self, folder: Path, nproc: int, agent: Any) -> None:
         self._folder, self._nproc, self._agent = folder, nproc, agent
         self._pids: dict[int, int] = {}  # rank -> pid
-        self._ended: dict[int, int | None] = {}  # rank -> exit code, in the order of their ends
+        # Rank -> exit code, in the order of their ends; None: the agent took it, and will tell it.
+        self._ended: dict[int, int | None] = {}
         self._signals: list[int] = []
         self._forwarded = 0
         self._failure: dict[str, Any] | None = None  # what the ranks agreed on
@@ -253,7 +254,7 @@ class Supervisor:
         if self._failure is None and (failure := _read(self._folder / "failure.json")) is not None:
             self._failure = failure
             self._kill_in(GRACE_S.get(failure["kind"], GRACE_S["else"]))
-        elif self._kill_at is None and any(code != 0 for code in self._ended.values()):
+        elif self._kill_at is None and any(self._ended.values()):
             self._kill_in(GRACE_S["undecided"])
         if self._kill_at is not None and time.monotonic() >= self._kill_at:
             self._kill()
@@ -268,9 +269,9 @@ class Supervisor:
         return self._pids.keys() <= self._ended.keys()
 
     def _note_end(self, rank: int, pid: int, code: int | None) -> None:
-        is_first_failure = code != 0 and all(other == 0 for other in self._ended.values())
+        is_first_failure = bool(code) and not any(self._ended.values())
         self._ended[rank] = code
-        if is_first_failure or code == 0:
+        if is_first_failure or not code:
             notice = json.dumps({"rank": rank, "pid": pid, "exit_code": code})
             temporary = self._folder / f"died_{rank}.tmp"
             temporary.write_text(notice)
@@ -301,7 +302,7 @@ class Supervisor:
     def _result(self) -> int:
         codes = {**self._ended, **self._agent.exit_codes()}  # in the order of their ends
         codes.update((rank, code) for rank, code in self._ended.items() if code is not None)
-        failed = [(rank, code) for rank, code in codes.items() if code != 0]
+        failed = [(rank, code) for rank, code in codes.items() if code]
         interrupted = [_read(path) for path in sorted(self._folder.glob("interrupted_*.json"))]
         if not failed and interrupted:
             return 128 + interrupted[0]["signal"]
@@ -320,7 +321,7 @@ class Supervisor:
             code = failure["exit_code"] if failure["kind"] in ("error", "died") else 1
             how = _HOW.get(failure["kind"]) or how_it_ended(code)
         _say(f"rank {rank} {how}; every process of this machine has ended")
-        return 128 - code if (code or 0) < 0 else (code or 1)
+        return 128 - code if code < 0 else (code or 1)
 
 
 _HOW = {
@@ -332,10 +333,8 @@ _HOW = {
 }
 
 
-def how_it_ended(code: int | None) -> str:
+def how_it_ended(code: int) -> str:
     """'was killed by SIGKILL', 'ended with exit code 3'."""
-    if code is None:
-        return "ended"
     if code >= 0:
         return f"ended with exit code {code}"
     try:

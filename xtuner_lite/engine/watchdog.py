@@ -193,7 +193,9 @@ class Watchdog:
         verdict = self._line.verdict or failure
         if verdict.rank == self.rank and verdict.kind == "error":
             self._write(verdict)
-            _say(f"{verdict.headline()} ({type(error).__name__}). The run ends on all ranks.")
+            message = (str(error).splitlines() or [""])[0][:200]
+            kind = type(error).__name__ + (f": {message}" if message else "")
+            _say(f"{verdict.headline()} ({kind}). The run ends on all ranks.")
             if self.rank == 0:
                 time.sleep(_READ_S)
 
@@ -330,13 +332,13 @@ class Watchdog:
             if notice["rank"] == self.rank or (seen is not None and seen.is_done):
                 continue
             without_store = notice["rank"] == 0 and self._line.error is not None
-            if notice["exit_code"] == 0 and not without_store:
+            if not notice["exit_code"] and not without_store:  # 0, or not known yet
                 # Only rank 0 knows, soon, whether that rank had finished.
                 first = self._noticed.setdefault(notice["rank"], self._line.num_exchanges)
                 if self.rank != 0 or self._line.num_exchanges < first + 2:
                     continue
             where = seen.beat.where if seen is not None and seen.beat is not None else ""
-            code = notice["exit_code"]
+            code = notice["exit_code"] or 0
             return Failure("died", notice["rank"], self.host, notice["pid"], where, exit_code=code)
         return None
 
@@ -347,7 +349,7 @@ class Watchdog:
             return None
         if now - since < 3 * BEAT_S:
             return None  # time for a notice of the launcher
-        return self._store_failure(f"The connection to it ended: {text}")
+        return self._store_failure(f"The connection to it ended: {text}.")
 
     def _store_failure(self, text: str) -> Failure:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
