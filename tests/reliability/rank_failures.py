@@ -55,9 +55,10 @@ class Trial:
 
     @classmethod
     def draw(cls, number: int, rng: random.Random) -> Trial:
-        """Trial ``number``: the kinds in turn, the rest at random."""
+        """Trial ``number``: the kinds and their ways in turn, the rest at random."""
         kind = list(KINDS)[number % len(KINDS)]
-        how = rng.choice(KINDS[kind])
+        ways = KINDS[kind]
+        how = ways[number // len(KINDS) % len(ways)]
         rank = 0 if kind == "rank 0 only" else rng.randrange(2)
         return cls(kind, how, rank, rng.randint(1, 12), rng.choice(STAGES))
 

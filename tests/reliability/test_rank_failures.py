@@ -1,4 +1,4 @@
-"""One rank of a training fails: the run ends in time, names that rank, and leaves nothing behind."""
+"""One rank fails: the run ends in time, names that rank, and leaves no process behind."""
 
 import json
 import os

@@ -193,9 +193,12 @@ class Watchdog:
         verdict = self._line.verdict or failure
         if verdict.rank == self.rank and verdict.kind == "error":
             self._write(verdict)
-            message = (str(error).splitlines() or [""])[0][:200]
-            kind = type(error).__name__ + (f": {message}" if message else "")
-            _say(f"{verdict.headline()} ({kind}). The run ends on all ranks.")
+            if isinstance(error, Exception):  # Python, or the command line, shows it in a moment
+                message = (str(error).splitlines() or [""])[0][:200]
+                kind = type(error).__name__ + (f": {message}" if message else "")
+                _say(f"{verdict.headline()} ({kind}). The run ends on all ranks.")
+            else:  # sys.exit: nobody shows where
+                _say(verdict.describe())
             if self.rank == 0:
                 time.sleep(_READ_S)
 
