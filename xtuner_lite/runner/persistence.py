@@ -305,11 +305,16 @@ def _check_same_run(now: dict[str, Any], saved: dict[str, Any], path: Path) -> N
         if saved.get(key) != now[key]
     ]
     if different:
+        hint = ""
+        if now["world_size"] != saved["world_size"]:
+            hint = (
+                f" The checkpoint was written by {saved['world_size']} process(es), this run has "
+                f"{now['world_size']}: change optim_wrapper.accumulative_counts so that "
+                f"batch_size x accumulative_counts x processes is {saved['group_size']} again."
+            )
         raise CheckpointError(
-            f"{path} cannot be resumed exactly; what differs: "
-            + "; ".join(different)
-            + ". Put these settings "
-            "back, or start a new run from its weights with --load-from."
+            f"{path} cannot be resumed exactly; what differs: {'; '.join(different)}.{hint} Put "
+            "these settings back, or start a new run from its weights with --load-from."
         )
 
 

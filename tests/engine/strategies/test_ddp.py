@@ -20,6 +20,9 @@ from xtuner_lite.data.dataset import ChatDataset
 from xtuner_lite.engine.checkpoint import list_checkpoints
 
 DDP = dict(type="DDP")
+EIGHT_A_STEP = dict(
+    optim_wrapper=dict(optimizer=dict(type="AdamW", lr=1e-2), dtype="fp32", accumulative_counts=4)
+)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -45,6 +48,14 @@ def test_resume_on_two_one_and_two_ranks(tmp_path):
     joined = {key: first[key] + alone[key] + last[key] for key in whole}
     assert len(joined["losses"]) == 7
     assert_same(joined, whole)
+
+
+def test_another_number_of_ranks_with_the_same_accumulation_is_told_what_to_change(tmp_path):
+    train(tmp_path, None, stop_after=3)
+    with pytest.raises(
+        AssertionError, match=r"by 1 process\(es\), this run has 2: change optim_wr"
+    ):
+        run_ranks(_train, tmp_path, DDP, dict(resume=True, **EIGHT_A_STEP))
 
 
 def test_a_stopped_run_on_two_ranks_goes_on_bit_for_bit(tmp_path):
