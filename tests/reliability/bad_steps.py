@@ -85,8 +85,11 @@ class Injector(Hook):
             return
         value, number = VALUES[injection.value], injection.micro_batch % len(data_batch)
         if injection.place == "data":
-            x = data_batch[number]["x"]
-            x.view(-1)[injection.pick % x.numel()] = value
+            x = data_batch[number]["x"].view(-1)
+            if injection.value == "huge":
+                x.fill_(value)  # dropout may take a single one away, and then nothing is bad
+            else:
+                x[injection.pick % x.numel()] = value
         elif injection.place == "gradient":
             parameters = [p for p in runner.model.parameters() if p.requires_grad]
             parameter = parameters[injection.pick % len(parameters)]
