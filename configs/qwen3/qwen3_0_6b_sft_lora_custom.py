@@ -18,7 +18,8 @@ max_length = 2048  # tokens of one packed sample
 lr = 2e-4
 
 # 2 Model
-tokenizer = dict(type=load_tokenizer, path=model_path)  # with its own chat template
+# A preset: the own template drops thoughts, so several turns could not be learnt at once.
+tokenizer = dict(type=load_tokenizer, path=model_path, template="qwen3")
 lora = dict(type=LoraConfig, r=16, lora_alpha=32, target_modules="all-linear")
 model = dict(type=SupervisedFinetune, llm=dict(type=load_causal_lm, path=model_path), lora=lora)
 

@@ -12,12 +12,41 @@ from xtuner_lite.data.identity import build_identity_rows
 
 ROOT = Path(__file__).parents[2]
 LEAVES = sorted(p for p in (ROOT / "configs").rglob("*.py") if "_base_" not in p.parts)
+FAMILIES = {
+    "custom", "deepseek", "gemma3", "glm4", "internlm2", "internlm2_5", "internlm3", "llama3",
+    "minicpm3", "mistral", "phi3", "phi4", "qwen2_5", "qwen3", "smollm2", "smollm3",
+}  # fmt: skip
 PARTS = ["# 1 Settings", "# 2 Model", "# 3 Data", "# 4 Schedule", "# 5 Runtime"]
 
 
+def skeleton(leaf: Path) -> str:
+    """A page without its docstring, the values of its settings and its comments."""
+    code = re.sub(r"  # .*$|^# .*\n", "", leaf.read_text(encoding="utf-8"), flags=re.M)
+    code = code.split('"""', 2)[2]
+    return re.sub(r"^(\w+) = (?:[\d.e-]+|\".*\")$", r"\1 = ...", code, flags=re.M)
+
+
+#: One page of each kind: pages that differ in their settings alone take the same way.
+KINDS = list({skeleton(leaf): leaf for leaf in reversed(LEAVES)}.values())
+
+
 def test_the_configs_are_there():
-    assert len(LEAVES) >= 11
+    assert len(LEAVES) >= 95
+    assert {p.parent.name for p in LEAVES} == FAMILIES
     assert len({p.stem for p in LEAVES}) == len(LEAVES)  # a name finds one page
+
+
+def test_every_family_has_its_ways():
+    """LoRA and QLoRA for each family; all weights and self-introduction for one model of it."""
+    for family in FAMILIES - {"custom"}:
+        names = [p.stem for p in LEAVES if p.parent.name == family]
+        for way in ("sft_full", "sft_lora", "sft_qlora", "lora_identity"):
+            assert any(way in name for name in names), f"{family} has no {way}"
+
+
+def test_pages_of_one_kind_differ_in_their_settings_alone():
+    """So that what is corrected in one page is not forgotten in its likes."""
+    assert 15 <= len(KINDS) <= 40
 
 
 @pytest.mark.parametrize("leaf", LEAVES, ids=lambda p: p.stem)
@@ -39,7 +68,7 @@ def test_a_leaf_checks_and_its_dump_reloads_equal(leaf, tmp_path):
     assert again.to_dict() == cfg.to_dict()
 
 
-@pytest.mark.parametrize("leaf", LEAVES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("leaf", KINDS, ids=lambda p: p.stem)
 def test_a_setting_reaches_where_it_is_used(leaf):
     options = ["model_path='here'", "data_path='there.json'", "max_length=77", "lr=0.5"]
     cfg = load_config(leaf, overrides=options)
@@ -65,7 +94,11 @@ def misspelled(node: dict, path: tuple = ()):
             yield (*path, key)
 
 
-@pytest.mark.parametrize("leaf", LEAVES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "leaf",
+    [pytest.param(p, marks=[] if i % 8 == 0 else pytest.mark.slow) for i, p in enumerate(KINDS)],
+    ids=lambda p: p.stem,
+)
 def test_a_misspelled_key_anywhere_is_refused_with_the_right_name(leaf):
     paths = list(misspelled(load_config(leaf)._to_lazy_dict()))
     assert len(paths) > 30
@@ -81,17 +114,21 @@ def test_a_misspelled_key_anywhere_is_refused_with_the_right_name(leaf):
         assert any(key in str(problem) for problem in problems), f"{path} as {wrong}: {problems}"
 
 
-def test_loading_and_checking_every_config_imports_no_torch():
+def test_loading_and_checking_a_config_of_every_kind_imports_no_torch():
     code = (
         "import sys; from xtuner_lite.config import check_config, load_config\n"
-        f"leaves = {[str(leaf) for leaf in LEAVES]!r}\n"
+        f"leaves = {[str(leaf) for leaf in KINDS]!r}\n"
         "for leaf in leaves: assert not check_config(load_config(leaf))\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("leaf", LEAVES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "leaf",
+    [pytest.param(p, marks=[] if i % 4 == 0 else pytest.mark.slow) for i, p in enumerate(KINDS)],
+    ids=lambda p: p.stem,
+)
 def test_a_leaf_trains_a_tiny_model(leaf, tmp_path, tiny_model):
     import json
 
@@ -132,6 +169,9 @@ def tiny_model(tmp_path_factory) -> Path:
     from tests.tiny import tiny_llama, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny_model")
-    tiny_llama().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    roles = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+    tokenizer.add_tokens(["[gMASK]", "<sop>", *roles], special_tokens=True)  # GLM-4's
+    tiny_llama(vocab_size=len(tokenizer), hidden_size=64).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
