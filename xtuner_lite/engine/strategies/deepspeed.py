@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: optimizer state, gradients and weights cut over the ranks, kept on GPU or CPU."""
+"""DeepSpeed's ZeRO: optimizer state, gradients and weights cut over the ranks, on GPU or CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import atexit
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,12 +17,18 @@ from torch import Tensor, nn
 from xtuner_lite.engine.distributed import Ranks
 from xtuner_lite.engine.optim import OptimWrapper
 from xtuner_lite.engine.pieces import Piece, PieceReader
+from xtuner_lite.engine.strategies.deepspeed_agreement import check_agreement, run_facts
 from xtuner_lite.engine.strategies.deepspeed_config import (
     check_config,
-    contradictions,
-    optimizer_facts,
     passed_through,
     read_config,
+)
+from xtuner_lite.engine.strategies.deepspeed_module import (
+    TupleForward,
+    gather_missing,
+    keep_gathered,
+    language_model_head,
+    without_hooks,
 )
 from xtuner_lite.engine.strategies.deepspeed_pieces import load_share_pieces, share_pieces
 from xtuner_lite.engine.strategies.deepspeed_start import (
@@ -31,16 +37,18 @@ from xtuner_lite.engine.strategies.deepspeed_start import (
     import_deepspeed,
     use_cpu_adam,
 )
+from xtuner_lite.engine.strategies.deepspeed_weights import (
+    choose_half_weights,
+    masters_of,
+    store_weights,
+    whole_tensors,
+)
 from xtuner_lite.engine.strategies.deepspeed_zero import (
     FlatGroups,
     SplitParameters,
     ZeroOptimizer,
-    gather_missing,
-    keep_gathered,
-    without_hooks,
 )
 from xtuner_lite.engine.strategies.single_device import TorchStrategy
-from xtuner_lite.models.packed_forward import unwrap_adapter
 from xtuner_lite.registry import STRATEGIES
 from xtuner_lite.structures import DTYPE_NAMES, Batch, LossOutput
 
@@ -51,8 +59,8 @@ _SHORT_NAMES = {getattr(torch, long): short for short, long in DTYPE_NAMES.items
 class DeepSpeed(TorchStrategy):
     """ZeRO stage 1, 2 or 3. Losses, norms and weights are those of one device up to rounding.
 
-    Batch size, accumulation, clipping, precision and optimizer are the config's; a DeepSpeed JSON that
-    says otherwise is an error. Needs the package ``deepspeed`` (``pip install deepspeed``).
+    Batch size, accumulation, clipping, precision and optimizer are the config's; a DeepSpeed JSON
+    that says otherwise is an error. Needs the package ``deepspeed`` (``pip install deepspeed``).
 
     Args:
         config: 'zero1', 'zero2', 'zero3', 'zero2_offload', 'zero3_offload' (XTuner's names
@@ -83,7 +91,7 @@ class DeepSpeed(TorchStrategy):
     ) -> None:
         super().__init__(device, ranks=ranks)
         self._values, self._source = read_config(config)
-        self._deepspeed = import_deepspeed(self.device, self.ranks.local_rank)
+        self._deepspeed = import_deepspeed(self.device)
         zero = check_config(self._values, self._source)
         self.stage = int(zero.stage)
         self.is_sharded = self.stage == 3
@@ -91,9 +99,10 @@ class DeepSpeed(TorchStrategy):
         self._half_weights, self._cpu_adam = half_weights, cpu_adam
         self._batch_size: int | None = None
         self._engine: Any = None
-        self._forward: _Forward | None = None
+        self._forward: TupleForward | None = None
         self._zero: ZeroOptimizer | None = None
         self._names: dict[int, str] = {}
+        self._is_half = False  # the model's own weights are bf16 copies of float32 ones
         self._head: list[nn.Parameter] = []
         self._norm: Tensor | None = None
         if half_weights and self.stage == 1:
@@ -127,7 +136,11 @@ class DeepSpeed(TorchStrategy):
         self._check_against(optim_wrapper, dtype=_SHORT_NAMES[self.precision.dtype])
         self._refuse_unsplittable(model)
         self.model = model
-        self._store_weights(model, train)
+        half = train and choose_half_weights(
+            model, self._half_weights, self.precision, stage=self.stage
+        )
+        store_weights(model, self.precision, half=half)
+        self._is_half = half
         if ensure_process_group(self.ranks):
             atexit.register(_destroy_process_group)
         if not train and self.stage < 3:  # nothing is cut
@@ -205,17 +218,24 @@ class DeepSpeed(TorchStrategy):
     @torch.no_grad()
     def full_weights(self, names: Iterable[str]) -> Mapping[str, Tensor]:
         """See Strategy.full_weights; float32 where they train. Empty on other ranks if cut."""
-        state = self.model.state_dict(keep_vars=True)
-        return {
-            name: tensor
-            for name, tensor in self._whole_tensors(state, names)
-            if tensor is not None
-        }
+        return {name: whole for name, whole in self.stream_weights(names) if whole is not None}
 
     @torch.no_grad()
     def stream_weights(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | None]]:
         """See Strategy.stream_weights."""
-        yield from self._whole_tensors(self.model.state_dict(keep_vars=True), names)
+        state = self.model.state_dict(keep_vars=True)
+        if self._engine is None or not (self.is_sharded or self._is_half):  # whole as they are
+            yield from ((name, state[name].detach()) for name in names if name in state)
+            return
+        trained, masters = {}, {}
+        if self._zero is not None:
+            masters = masters_of(self._zero.shares())
+            parameters = self.model.parameters()
+            trained = {id(p): self._names[id(p)] for p in parameters if p.requires_grad}
+        yield from whole_tensors(
+            state, names, masters, trained,
+            device=self.device, is_main=self.is_main, world_size=self.world_size,
+        )  # fmt: skip
 
     def pieces(self) -> Iterable[Piece]:
         """See Strategy.pieces."""
@@ -236,40 +256,10 @@ class DeepSpeed(TorchStrategy):
     # --- setting up
 
     def _check_against(self, optim_wrapper: Any, dtype: str | None) -> None:
-        """Raises ValueError where the DeepSpeed config contradicts ``optim_wrapper`` (or a config).
-
-        Args:
-            dtype: the run's compute dtype, where it is known already.
-        """
-        read = _reader(optim_wrapper)
-        accumulation, clip = read("accumulative_counts", 1), read("clip_grad", None) or {}
-        if clip.get("norm_type", 2.0) != 2.0:
-            raise ValueError(
-                f"optim_wrapper.clip_grad.norm_type is {clip['norm_type']}; DeepSpeed clips by the "
-                "2-norm only. Leave it out, or use another strategy."
-            )
-        facts: dict[str, tuple[Any, str]] = {
-            "gradient_accumulation_steps": (accumulation, "optim_wrapper.accumulative_counts"),
-            "gradient_clipping": (
-                float(clip.get("max_norm", 0.0)), "optim_wrapper.clip_grad.max_norm (0: none)"
-            ),
-        }  # fmt: skip
-        if self._batch_size is not None:
-            place = "train_dataloader.batch_size"
-            facts["train_micro_batch_size_per_gpu"] = (self._batch_size, place)
-            facts["train_batch_size"] = (
-                self._batch_size * accumulation * self.world_size,
-                f"{place} x accumulative_counts x processes",
-            )
-        told = read("dtype", AUTO_DTYPE)
-        if dtype is None and told != AUTO_DTYPE:
-            dtype = {long: short for short, long in DTYPE_NAMES.items()}.get(told, told)
-        if dtype is not None:
-            place = f"optim_wrapper.dtype ({told!r}: {dtype})"
-            facts["bf16.enabled"] = (dtype == "bf16", f"{place}, bf16,")
-            facts["fp16.enabled"] = (dtype == "fp16", f"{place}, fp16,")
-        facts |= optimizer_facts(read("optimizer_cfg", None) or read("optimizer", None))
-        contradictions(self._values, facts, self._source)
+        facts = run_facts(
+            optim_wrapper, batch_size=self._batch_size, world_size=self.world_size, dtype=dtype
+        )
+        check_agreement(self._values, facts, self._source)
 
     def _refuse_unsplittable(self, model: nn.Module) -> None:
         packed = [n for n, p in model.named_parameters() if not p.is_floating_point()]
@@ -281,29 +271,9 @@ class DeepSpeed(TorchStrategy):
                 "base unquantised."
             )
 
-    def _store_weights(self, model: nn.Module, train: bool) -> None:
-        self.precision.prepare(model)
-        if self._half_weights is None:
-            floating = [p for p in model.parameters() if p.is_floating_point()]
-            trained = sum(p.numel() for p in floating if p.requires_grad)
-            most = trained > sum(p.numel() for p in floating) / 2
-            self._half_weights = (
-                train and most and self.stage > 1 and self.precision.dtype == torch.bfloat16
-            )
-        elif self._half_weights and self.precision.dtype != torch.bfloat16:
-            raise ValueError(
-                f"strategy.half_weights=True needs bf16, and optim_wrapper.dtype gives "
-                f"{_SHORT_NAMES[self.precision.dtype]}; leave half_weights out, or set dtype='bf16'"
-            )
-        if self._half_weights:
-            self.precision.reason += "; trained weights too, beside float32 copies (half_weights)"
-            for parameter in model.parameters():
-                if parameter.is_floating_point():
-                    parameter.data = parameter.data.to(torch.bfloat16)
-
     def _start_engine(self, model: nn.Module, train: bool) -> None:
         config = self._engine_config()
-        self._forward = _Forward(model, self.forward_context)
+        self._forward = TupleForward(model, self.forward_context)
         if self.stage == 3:
             _silence_unknown_output()
             self._deepspeed.zero.Init(module=model, config_dict_or_path=config)
@@ -314,7 +284,7 @@ class DeepSpeed(TorchStrategy):
         optimizer = self.optim_wrapper.optimizer if train else None
         # The head runs chunk by chunk, and ranks have different numbers of chunks: were it gathered
         # for each, ranks would wait for each other for ever. ZeRO-3 keeps it gathered instead.
-        head = _language_model_head(model) if self.stage == 3 else None
+        head = language_model_head(model) if self.stage == 3 else None
         with without_hooks(head):
             self._engine, *_ = self._deepspeed.initialize(
                 model=self._forward, optimizer=optimizer, config=config, dist_init_required=False
@@ -338,7 +308,7 @@ class DeepSpeed(TorchStrategy):
             "train_micro_batch_size_per_gpu": self._batch_size or 1,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": float(clip.get("max_norm", 0.0)),
-            "bf16": {"enabled": bool(self._half_weights)},
+            "bf16": {"enabled": self._is_half},
             "data_types": {"grad_accum_dtype": "fp32"},
             "zero_allow_untested_optimizer": True,  # check_optimizer has decided
             "zero_force_ds_cpu_optimizer": False,
@@ -360,87 +330,9 @@ class DeepSpeed(TorchStrategy):
             state["_growth_tracker"] = 0
         scaler.load_state_dict(state)
 
-    def _whole_tensors(
-        self, state: Mapping[str, Tensor], names: Iterable[str]
-    ) -> Iterator[tuple[str, Tensor | None]]:
-        if not (self.is_sharded and self._engine) and not self._half_weights:
-            yield from ((name, state[name].detach()) for name in names if name in state)
-            return
-        masters = self._masters()
-        for name in names:
-            if name not in state:
-                continue
-            tensor = state[name]
-            own = self._names.get(id(tensor))
-            if own in masters or (own and tensor.requires_grad and self._zero):
-                yield name, self._gather_master(tensor, masters.get(own, []))
-            elif hasattr(tensor, "ds_id"):
-                with self._deepspeed.zero.GatheredParameters([tensor]):
-                    yield name, tensor.detach().cpu().clone() if self.is_main else None
-            else:
-                yield name, tensor.detach().cpu() if self.is_main else None
-
-    def _masters(self) -> dict[str, list[tuple[int, int, Tensor]]]:
-        """Name -> (start, stop, elements) of this rank's float32 weights."""
-        found: dict[str, list[tuple[int, int, Tensor]]] = {}
-        for share in self._zero.shares() if self._zero else ():
-            for part in share.slices:
-                entry = (part.start, part.stop, part.of(share.flat.detach()))
-                found.setdefault(part.name, []).append(entry)
-        return found
-
-    def _gather_master(
-        self, parameter: Tensor, parts: list[tuple[int, int, Tensor]]
-    ) -> Tensor | None:
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        whole = torch.zeros(math.prod(shape), dtype=torch.float32, device=self.device)
-        for start, stop, elements in parts:
-            whole[start:stop] = elements
-        if self.world_size > 1:
-            dist.reduce(whole, dst=0)
-        return whole.view(shape).cpu() if self.is_main else None
-
-
-#: optim_wrapper.dtype before the device has decided.
-AUTO_DTYPE = "auto"
-
-
-class _Forward(nn.Module):
-    """What DeepSpeed sees as the model: the method under autocast, with the loss in a tuple.
-
-    DeepSpeed finds tensors in tuples, not in a LossOutput; and it switches off an autocast around it.
-    """
-
-    def __init__(
-        self, method: nn.Module, context: Callable[[], AbstractContextManager]
-    ) -> None:
-        super().__init__()
-        self.method = method
-        self.context = context
-
-    def forward(self, batch: Batch) -> tuple[Tensor, LossOutput]:
-        """(loss sum, the method's output)."""
-        with self.context():
-            output = self.method(batch)
-        return output.loss_sum, output
-
-
-def _language_model_head(model: nn.Module) -> nn.Module | None:
-    """The head of the language model in a method; None where it has none."""
-    llm = getattr(model, "llm", None)
-    get_head = getattr(unwrap_adapter(llm), "get_output_embeddings", None) if llm else None
-    return get_head() if get_head else None
-
-
-def _reader(optim_wrapper: Any) -> Callable[[str, Any], Any]:
-    """A getter over an OptimWrapper, a config of one, or None."""
-    if isinstance(optim_wrapper, Mapping):
-        return optim_wrapper.get
-    return lambda name, default: getattr(optim_wrapper, name, default)
-
 
 def _silence_unknown_output() -> None:
-    # It warns that it finds no tensor in the method's LossOutput; _Forward hands it the loss.
+    # It warns that it finds no tensor in the method's LossOutput; TupleForward hands it the loss.
     sys.modules["deepspeed.runtime.zero.utils"].warned = True
 
 

@@ -1,13 +1,13 @@
-"""DeepSpeed's JSON: read, checked key by key, and compared with our config, which is the truth.
+"""DeepSpeed's JSON: read, and checked key by key against the installed DeepSpeed.
 
-A JSON may say anything that our config does not: ZeRO stage, offload, buckets. What our config says too
-(batch size, accumulation, clipping, precision, optimizer) must agree or be "auto".
+A JSON may say anything that our config does not: ZeRO stage, offload, buckets. What our config says
+too (batch size, accumulation, clipping, precision, optimizer) must agree or be "auto"; see
+deepspeed_agreement.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-#: Sections and values that our config has too; compared by ``contradictions``.
+#: Sections and values that our config has too; compared in deepspeed_agreement.
 _OURS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "gradient_clipping", "optimizer", "bf16", "fp16",
@@ -48,8 +48,8 @@ _PASSED = (
     "comms_logger", "flops_profiler", "disable_python_gc",
 )  # fmt: skip
 
-#: Keys that DeepSpeed knows and this strategy does not take, with what to do; other keys that DeepSpeed
-#: knows are refused with the general reason below.
+#: Keys that DeepSpeed knows and this strategy does not take, with what to do; other keys that
+#: DeepSpeed knows are refused with the general reason below.
 _NOT_TAKEN = {
     "scheduler": "the schedule is param_scheduler of the config; drop the section",
     "activation_checkpointing": "set model.activation_checkpointing=True in the config instead",
@@ -138,6 +138,7 @@ def check_config(values: dict[str, Any], source: str) -> Any:
     except ValueError as error:  # pydantic's own error names each key
         raise ValueError(f"{source}: zero_optimization: {error}") from error
     _check_zero(parsed, source)
+    _check_bf16(values.get("bf16") or {}, DeepSpeedBF16Config(), source)
     return parsed
 
 
@@ -184,49 +185,12 @@ def _check_zero(zero: Any, source: str) -> None:
         raise ValueError(f"{source}: zero_optimization: {told}")
 
 
-def contradictions(
-    values: dict[str, Any], facts: Mapping[str, tuple[Any, str]], source: str
-) -> None:
-    """Compare a JSON with what our config says.
-
-    Args:
-        values: the JSON.
-        facts: path in the JSON ('bf16.enabled') -> (our value, its place in our config).
-        source: where the JSON comes from.
-
-    Raises:
-        ValueError: it says something else; both places and values are named.
-    """
-    told = []
-    for path, (ours, place) in facts.items():
-        theirs = _at(values, path)
-        if theirs is not None and theirs != AUTO and not _same(theirs, ours):
-            told.append(f"{path} is {theirs!r} in {source}, but {place} is {ours!r}")
-    if told:
-        raise ValueError(
-            "the DeepSpeed config contradicts the run's config, which decides: "
-            + "; ".join(told)
-            + '. Make them equal, or write "auto" or nothing into the DeepSpeed config.'
-        )
-
-
-def optimizer_facts(cfg: Mapping[str, Any] | None) -> dict[str, tuple[Any, str]]:
-    """What the optimizer section of our config says, as ``contradictions`` takes it."""
-    from xtuner_lite.registry import OPTIMIZERS
-
-    if not isinstance(cfg, Mapping) or "type" not in cfg:
-        return {}
-    kind = cfg["type"] if callable(cfg["type"]) else OPTIMIZERS.get(cfg["type"])
-    name = getattr(kind, "__name__", str(cfg["type"]))
-    facts: dict[str, tuple[Any, str]] = {
-        "optimizer.type": (name, "optim_wrapper.optimizer.type")
-    }
-    parameters = inspect.signature(kind).parameters if callable(kind) else {}
-    for key, parameter in parameters.items():
-        if key in cfg or parameter.default is not inspect.Parameter.empty:
-            value = cfg.get(key, parameter.default)
-            facts[f"optimizer.params.{key}"] = (value, f"optim_wrapper.optimizer.{key}")
-    return facts
+def _check_bf16(section: dict[str, Any], defaults: Any, source: str) -> None:
+    for key, value in section.items():
+        if key != "enabled" and value != AUTO and value != getattr(defaults, key):
+            raise ValueError(
+                f"{source}: bf16.{key} is not taken: what is updated is kept in float32; drop it"
+            )
 
 
 def without_auto(values: Any) -> Any:
@@ -259,22 +223,6 @@ def _plain(values: Any) -> Any:
     if isinstance(values, Mapping):
         return {key: _plain(value) for key, value in values.items()}
     return [_plain(v) for v in values] if isinstance(values, (list, tuple)) else values
-
-
-def _at(values: Any, path: str) -> Any:
-    for key in path.split("."):
-        if not isinstance(values, dict) or key not in values:
-            return None
-        values = values[key]
-    return values
-
-
-def _same(theirs: Any, ours: Any) -> bool:
-    if isinstance(theirs, str) and isinstance(ours, str):
-        return theirs.lower() == ours.lower()
-    if isinstance(theirs, (list, tuple)) and isinstance(ours, (list, tuple)):
-        return list(theirs) == list(ours)
-    return theirs == ours
 
 
 def _fields(model: Any) -> set[str]:

@@ -56,9 +56,7 @@ def load_share_pieces(shares: Iterable[Share], optimizer: Optimizer, reader: Pie
         _set_state(share.flat, optimizer, {**state, **(scalars or {})})
 
 
-def _sorted_state(
-    flat: Tensor, optimizer: Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _sorted_state(flat: Tensor, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(one value per element, one value for the share) of the optimizer's state."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
@@ -79,7 +77,7 @@ def _sorted_state(
 
 
 def _buffer(flat: Tensor, optimizer: Optimizer, key: str, dtype: torch.dtype) -> Tensor:
-    """The state's own tensor where there is one (a roll-back), else a new one; zero where padded."""
+    """The state's own tensor where there is one (a roll-back), else zeros, as padding has."""
     own = optimizer.state.get(flat, {}).get(key)
     if isinstance(own, Tensor) and own.shape == flat.shape and own.dtype == dtype:
         return own

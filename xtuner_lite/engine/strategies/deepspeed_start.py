@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -18,15 +19,15 @@ from xtuner_lite.engine.optim import OptimWrapper
 #: The strategy reads DeepSpeed's insides, which change between minor versions.
 OLDEST = (0, 19)
 
-#: Optimizers whose update of an element depends on that element alone. ZeRO hands an optimizer flat
-#: pieces of many parameters, so one that looks at rows, columns or blocks would compute something else.
+#: Optimizers whose update of an element depends on that element alone. ZeRO hands an optimizer
+#: flat pieces of many parameters: one that looks at rows or blocks would compute something else.
 ELEMENTWISE = {
     "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adadelta", "ASGD", "Rprop",
     "Lion", "DeepSpeedCPUAdam", "FusedAdam",
 }  # fmt: skip
 
 
-def import_deepspeed(device: torch.device, local_rank: int) -> ModuleType:
+def import_deepspeed(device: torch.device) -> ModuleType:
     """DeepSpeed, set to ``device`` and quiet.
 
     Raises:
@@ -38,9 +39,8 @@ def import_deepspeed(device: torch.device, local_rank: int) -> ModuleType:
             "strategy DeepSpeed needs the package deepspeed, which is not installed. Install it "
             "with `pip install 'deepspeed>=0.19'`, or use strategy FSDP2, which needs nothing."
         )
-    if device.type == "cpu":
+    if device.type == "cpu" and "deepspeed" not in sys.modules:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))
     import deepspeed
 
     version = tuple(int(part) for part in deepspeed.__version__.split(".")[:2])
@@ -63,6 +63,7 @@ def import_deepspeed(device: torch.device, local_rank: int) -> ModuleType:
 
 def ensure_process_group(ranks: Ranks) -> bool:
     """Make a process group of this one process where there is none; True if it was made here."""
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed asks for it
     if dist.is_initialized():
         return False
     assert ranks.world_size == 1, "the launcher of several ranks makes their group"

@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO optimizers in the project's terms: which elements a rank holds, norm, skip.
 
 A step of DeepSpeed is one closed call. What the loop does between backward and update (look at the
-gradient's norm, skip the step) and what a checkpoint stores (elements by parameter name) is read here from
-the insides of its two optimizers, and nowhere else. Written for DeepSpeed 0.19.
+gradient's norm, skip the step) and what a checkpoint stores (elements by parameter name) is read
+here from the insides of its two optimizers, and nowhere else. Written for DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ZeroOptimizer(ABC):
 
 
 class FlatGroups(ZeroOptimizer):
-    """Stages 1 and 2: each group is one flat tensor, padded at its end and cut into equal shares."""
+    """Stages 1 and 2: each group is one flat tensor, padded at its end, in equal shares."""
 
     def shares(self) -> Iterator[Share]:
         """See ZeroOptimizer.shares."""
@@ -213,36 +213,3 @@ def _finite_or_inf(norm: Tensor) -> Tensor:
     """DeepSpeed marks a norm that is not finite by a negative number."""
     bad = ~torch.isfinite(norm) | (norm < 0)
     return torch.where(bad, torch.full_like(norm, math.inf), norm)
-
-
-@contextmanager
-def without_hooks(module: nn.Module | None) -> Iterator[None]:
-    """Take away from ``module`` the forward hooks that the block gives it."""
-    parts = list(module.modules()) if module is not None else []
-    kinds = [hooks for m in parts for hooks in (m._forward_pre_hooks, m._forward_hooks)]
-    before = [set(hooks) for hooks in kinds]
-    yield
-    for hooks, known in zip(kinds, before, strict=True):
-        for key in set(hooks) - known:
-            del hooks[key]
-
-
-def keep_gathered(zero3: Any, parameters: list[nn.Parameter]) -> None:
-    """Let ZeRO-3 hold ``parameters`` whole on every rank, except within the optimizer's step.
-
-    Args:
-        zero3: DeepSpeed's optimizer of stage 3, or its DeepSpeedZeRoOffload where none trains.
-        parameters: of modules whose hooks do not fetch them (``without_hooks``).
-    """
-    for parameter in parameters:
-        parameter.is_external_param = True  # a module that shares it does not release it
-        if not parameter.ds_persist:
-            parameter.ds_persist = True
-            zero3.persistent_parameters.append(parameter)
-
-
-def gather_missing(parameters: list[nn.Parameter]) -> None:
-    """Gather those of ``parameters`` that are cut at the moment; the same ones on every rank."""
-    missing = [p for p in parameters if p.ds_status.name == "NOT_AVAILABLE"]
-    if missing:
-        missing[0].all_gather(missing)
