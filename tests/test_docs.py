@@ -18,7 +18,12 @@ from xtuner_lite.registry import REGISTRIES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-HOWTOS = sorted((ROOT / "docs/howto").glob("*.md"))
+#: How-tos with commands of ours; those about several machines or other programs have none.
+HOWTOS = sorted(
+    page
+    for page in (ROOT / "docs/howto").glob("*.md")
+    if "```bash" in page.read_text(encoding="utf-8")
+)
 OTHERS_WITH_PYTHON = [
     page for page in PAGES if page not in HOWTOS and "```python" in page.read_text(encoding="utf-8")
 ]

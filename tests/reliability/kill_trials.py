@@ -46,7 +46,7 @@ STRATEGIES = {
 }
 #: A rank whose peer was killed must end within this.
 END_S = 20.0
-NUM_STEPS = 10
+NUM_STEPS = 6
 SAVE_EVERY = 2
 #: Exit code that stands for a rank that had to be killed because it did not end.
 HUNG = 999
@@ -287,6 +287,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=memory) as temporary:
         root = Path(temporary)
         (root / "whole").mkdir()
+        # Once in this process, so that its forks find every module imported and every table built.
+        train(root / "warm", root / "warm.jsonl", "single", args.mode, resume=False, kill=None)
         codes, duration_s = in_forks(root / "whole", root / "whole.jsonl", *what, resume=False)
         assert set(codes) == {0}, f"the undisturbed run failed: {codes}"
         expected, weights = read_log(root / "whole.jsonl", args.strategy), digest(root / "whole")
