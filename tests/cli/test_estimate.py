@@ -45,6 +45,12 @@ def test_a_config_without_weights(larger, capsys):
         assert (host > 0) == name.endswith("offload")
     # 1.1e9 frozen bf16 parameters are 2.05 GiB; four devices hold a quarter each under ZeRO-3.
     assert row(text, "ddp")[0] == pytest.approx(2.06, abs=0.02)
+    # The presets of the DeepSpeed strategy have this bucket.
+    from xtuner_lite.engine.memory import REDUCE_BUCKET
+    from xtuner_lite.engine.strategies.deepspeed_config import PRESETS
+
+    buckets = {preset["zero_optimization"]["reduce_bucket_size"] for preset in PRESETS.values()}
+    assert buckets == {REDUCE_BUCKET}
     assert row(text, "zero3")[0] == pytest.approx(2.06 / 4, abs=0.01)
     changes = text.partition("what would lower it most")[2]
     assert "model.activation_checkpointing=True (about a third more time)" in changes

@@ -12,10 +12,10 @@ from xtuner_lite.engine.memory import (
     PLACEMENTS,
     ModelSize,
     device_memory,
-    optimizer_state_bytes,
-    update_bytes,
+    keeps_half_weights,
 )
 from xtuner_lite.engine.optim import OptimWrapper
+from xtuner_lite.engine.optimizer_memory import optimizer_state_bytes, update_bytes
 from xtuner_lite.engine.strategies.single_device import SingleDevice
 from xtuner_lite.methods.sft import SupervisedFinetune
 from xtuner_lite.models.memory import ActivationMemory
@@ -28,7 +28,8 @@ def size(**changes) -> ModelSize:
     """1000 trained and 600 frozen parameters in bf16; Adam without its step counters."""
     values = dict(
         trainable=1000, frozen=600, frozen_bytes=1200, compute_bytes=2, layer=300,
-        layer_trainable=200, outside=100, optimizer=8000, update=0, dequantized=0,
+        layer_trainable=200, outside=100, half_weights=False, accumulates=False,
+        optimizer=8000, update=0, dequantized=0,
         activations=ActivationMemory(saved=500, copies=40, recompute=60, head=90),
     )  # fmt: skip
     return ModelSize(**{**values, **changes})
@@ -49,11 +50,36 @@ def test_formulas_by_hand():
     gathered = 2 * (2 * 300 + 100) + (2 + 4) * 200
     assert parts("fsdp2") == (1300, 1000, 0, 2000, gathered + 40, 0)
     assert parts("fsdp2_offload") == (0, 0, 0, 0, gathered + 40, 4300)
-    assert parts("zero1") == (3200, 2000, 1000, 2000, 20 + 40, 0)
-    assert parts("zero2") == (3200, 500, 1000, 2000, 20 + 40, 0)
-    assert parts("zero3") == (800, 500, 1000, 2000, 20 + 1400 + 40, 0)
-    assert parts("zero2_offload") == (3200, 0, 0, 0, 20 + 40, 4000)
-    assert parts("zero3_offload") == (0, 0, 0, 0, 20 + 1400 + 40, 4800)
+    assert parts("zero1") == (5200, 4000, 1000, 2000, 40 + 40, 0)
+    bucket = 4 * (10 + 200)
+    live = 5200 * 700 // 1600
+    assert parts("zero2") == (5200, 1000, 1000, 2000, bucket + 40, 0)
+    assert parts("zero3") == (1300, 1000, 1000, 2000, bucket + live + 40, 0)
+    assert parts("zero2_offload") == (5200, 0, 0, 0, bucket + 40, 4000)
+    assert parts("zero3_offload") == (0, 0, 0, 0, bucket + live + 40, 5300)
+
+
+def test_half_weights_by_hand():
+    bucket, live = 2 * (10 + 200), 3200 * 700 // 1600
+    assert parts("zero2", half_weights=True) == (3200, 1000, 1000, 2000, bucket + 40, 0)
+    assert parts("zero3", half_weights=True) == (800, 1000, 1000, 2000, bucket + live + 40, 0)
+
+
+def test_an_adapter_under_fsdp2_keeps_whole_gradients_between_micro_batches():
+    few = dict(trainable=100, frozen=900)
+    assert parts("fsdp2", accumulates=True, **few)[4] == parts("fsdp2", **few)[4] + 4 * 100
+    assert parts("fsdp2", accumulates=True) == parts("fsdp2")
+
+
+def test_when_weights_are_halved():
+    """As the DeepSpeed strategy decides it."""
+    assert keeps_half_weights("zero2", 60, 40, "bf16")
+    assert not keeps_half_weights("zero2", 40, 60, "bf16")
+    assert not keeps_half_weights("zero1", 60, 40, "bf16")
+    assert not keeps_half_weights("zero3_offload", 60, 40, "fp16")
+    assert not keeps_half_weights("fsdp2", 60, 40, "bf16")
+    assert keeps_half_weights("zero3", 1, 99, "bf16", wanted=True)
+    assert not keeps_half_weights("zero3", 99, 1, "bf16", wanted=False)
 
 
 def test_activations_head_and_update_at_the_peak():

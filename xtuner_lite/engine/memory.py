@@ -2,34 +2,30 @@
 
 P trained parameters, F frozen ones, N devices, c bytes of the compute dtype (2 for bf16 and fp16):
 
-    strategy      weights           gradients   master   optimizer
-    single, DDP   4 P + c F         4 P         -        S
-    FSDP2         (4 P + c F) / N   4 P / N     -        S / N
-    ZeRO-1        c (P + F)         c P         4 P / N  S / N
-    ZeRO-2        c (P + F)         c P / N     4 P / N  S / N
-    ZeRO-3        c (P + F) / N     c P / N     4 P / N  S / N
+    strategy           weights          gradients  master   optimizer
+    single, DDP        4 P + c F        4 P        -        S
+    FSDP2              (4 P + c F) / N  4 P / N    -        S / N
+    ZeRO-1             4 P + c F        4 P        4 P / N  S / N
+    ZeRO-2             4 P + c F        4 P / N    4 P / N  S / N
+    ZeRO-3             (4 P + c F) / N  4 P / N    4 P / N  S / N
+    ZeRO-2, -3, half   2 P in the place of 4 P of weights
 
-S is the optimizer's state, 8 P for Adam. The first two keep what trains in float32
-(engine.precision), so their weights are the master weights. ZeRO-1 to 3 are the stages P_os, P_os+g
-and P_os+g+p of Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion
-Parameter Models" (arXiv 1910.02054, section 5); DeepSpeed keeps weights and gradients in the
-compute dtype and a float32 partition of the weights. FSDP2: Zhao et al. 2023, "PyTorch FSDP" (arXiv
-2304.11277), with torch's fully_shard on every layer and the rest as one unit. A quantised base
-counts its own bytes in place of c F. Activations are those of one micro-batch, whatever N is.
+S is the optimizer's state, 8 P for Adam. What trains is kept in float32 (engine.precision), so the
+weights are the master weights, except where half_weights of the DeepSpeed strategy holds: bf16, and
+more than half of the parameters train. DeepSpeed cuts a float32 copy over the ranks in any case,
+and sums gradients in float32. ZeRO-1 to 3 are the stages P_os, P_os+g and P_os+g+p of Rajbhandari
+et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (arXiv
+1910.02054, section 5). FSDP2: Zhao et al. 2023, "PyTorch FSDP" (arXiv 2304.11277), with torch's
+fully_shard on every layer and the rest as one unit. A quantised base counts its own bytes in place
+of c F. Activations are those of one micro-batch, whatever N is.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
-
-import torch
-from torch import nn
+from typing import Literal
 
 from xtuner_lite.models.memory import ActivationMemory
-from xtuner_lite.registry import OPTIMIZERS
 
 Placement = Literal[
     "single", "ddp", "fsdp2", "fsdp2_offload",
@@ -37,12 +33,12 @@ Placement = Literal[
 ]  # fmt: skip
 PLACEMENTS: tuple[Placement, ...] = Placement.__args__
 
-#: DeepSpeed's defaults (deepspeed/runtime/zero/config.py), in elements.
-REDUCE_BUCKET = 500_000_000
+#: Elements: reduce_bucket_size of our presets, and DeepSpeed's default of the other, which they
+#: leave (deepspeed/runtime/zero/config.py).
+REDUCE_BUCKET = 50_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
 
 _FLOAT32 = 4
-_BNB_BLOCK, _BNB_SMALL = 256, 4096  # bitsandbytes: 8-bit in blocks of 256, from 4096 elements on
 
 
 @dataclass(frozen=True)
@@ -63,6 +59,10 @@ class ModelSize:
     """Those of them that train."""
     outside: int
     """Parameters outside the decoder layers: embeddings, norms, head."""
+    half_weights: bool
+    """Whether what trains is stored in bf16; see keeps_half_weights."""
+    accumulates: bool
+    """Whether a step has several micro-batches."""
     optimizer: int
     """The optimizer's state of all trained parameters."""
     update: int
@@ -70,7 +70,7 @@ class ModelSize:
     dequantized: int
     """The largest quantised weight in the compute dtype; 0 without quantisation."""
     activations: ActivationMemory
-    """Of the placement; see computes_under_autocast."""
+    """Under the dtypes of the placement; see computes_under_autocast."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,30 @@ class DeviceMemory:
         return sum(getattr(self, f.name) for f in fields(self) if f.name != "host")
 
 
-def computes_under_autocast(placement: Placement) -> bool:
-    """True: trained weights are float32 and cast when used; False: they have the compute dtype."""
-    return placement in ("single", "ddp")
+def keeps_half_weights(
+    placement: Placement, trainable: int, frozen: int, dtype: str, wanted: bool | None = None
+) -> bool:
+    """Whether trained weights are stored in bf16, as engine.strategies.deepspeed decides it.
+
+    Args:
+        placement: strategy.
+        trainable, frozen: numbers of parameters; quantised ones are left out.
+        dtype: compute dtype.
+        wanted: its option half_weights; None leaves it to the rule.
+    """
+    if not placement.startswith(("zero2", "zero3")) or dtype != "bf16":
+        return False
+    return trainable > frozen if wanted is None else wanted
+
+
+def shards_weights(placement: Placement) -> bool:
+    """Whether the weights themselves are cut, which a quantised base does not allow."""
+    return placement.startswith(("fsdp2", "zero3"))
+
+
+def computes_under_autocast(placement: Placement, half_weights: bool) -> bool:
+    """True: what trains is float32 where it is used, and cast; False: it has the compute dtype."""
+    return not placement.startswith("fsdp2") and not half_weights
 
 
 def device_memory(
@@ -159,12 +180,17 @@ def _fsdp2(size: ModelSize, devices: int, *, offload: bool) -> DeviceMemory:
     """Shards; two layers (the next is fetched while one computes) and the root unit are gathered.
 
     In backward one layer's whole gradients wait in the compute dtype, and in float32 for the sum.
+    Where at most a tenth trains, gradients are summed once a step, and whole until then (our
+    FSDP2's reduce_each_micro_batch).
     """
     c = size.compute_bytes
     weights = _share(_FLOAT32 * size.trainable + size.frozen_bytes, devices)
     gradients = _share(_FLOAT32 * size.trainable, devices)
     optimizer = _share(size.optimizer, devices)
     gathered = c * (2 * size.layer + size.outside) + (c + _FLOAT32) * size.layer_trainable
+    trains_little = 10 * size.trainable <= size.trainable + size.frozen
+    if trains_little and size.accumulates:
+        gathered += _FLOAT32 * size.trainable
     kept = dict(weights=weights, gradients=gradients, optimizer=optimizer)
     host = sum(kept.values()) if offload else 0
     return _with_activations(size, buffers=gathered, host=host, **({} if offload else kept))
@@ -178,25 +204,25 @@ def _zero(
     reduce_bucket: int,
     max_live: int,
 ) -> DeviceMemory:
-    """DeepSpeed. The float32 gradients of the partition exist during the update only."""
-    c = size.compute_bytes
-    weights = c * size.trainable + size.frozen_bytes
-    gradients = c * size.trainable
+    """DeepSpeed. One layer's gradients wait for their bucket; the update flattens its partition."""
+    stored = 2 if size.half_weights else _FLOAT32
+    whole = stored * size.trainable + size.frozen_bytes
     partition = _share(size.trainable, devices)
+    gradients = _FLOAT32 * (size.trainable if stage == 1 else partition)
     master, optimizer = _FLOAT32 * partition, _share(size.optimizer, devices)
-    buffers = c * reduce_bucket
-    if stage >= 2:
-        gradients = c * partition
+    buffers = stored * (reduce_bucket + (size.layer_trainable if stage > 1 else 0))
+    weights = whole
     if stage == 3:
-        buffers += c * min(size.trainable + size.frozen, max_live)
-        weights = _share(weights, devices)
+        parameters = size.trainable + size.frozen
+        buffers += whole * min(parameters, max_live) // parameters
+        weights = _share(whole, devices)
     if not offload:
         return _with_activations(
             size, weights=weights, gradients=gradients, master=master, optimizer=optimizer,
             buffers=buffers, update=_FLOAT32 * partition,
         )  # fmt: skip
     # The updated partition is computed by the CPU, from float32 gradients kept there.
-    host = master + optimizer + _FLOAT32 * partition + (weights if stage == 3 else 0)
+    host = master + optimizer + gradients + (weights if stage == 3 else 0)
     on_device = 0 if stage == 3 else weights
     return _with_activations(size, weights=on_device, buffers=buffers, host=host)
 
@@ -228,72 +254,3 @@ def _with_activations(
 
 def _share(number: int, devices: int) -> int:
     return -(-number // devices)
-
-
-def optimizer_state_bytes(parameters: Iterable[torch.Tensor], optimizer: dict[str, Any]) -> int:
-    """Bytes of an optimizer's state for trained parameters.
-
-    The optimizer itself makes its state, on fake tensors. bitsandbytes' optimizers, whose kernels
-    know no fake tensor, are counted by their rule: 8-bit moments with a float32 scale for every
-    256, float32 for parameters below 4096 elements.
-
-    Args:
-        parameters: only shapes are read; all count as float32.
-        optimizer: the config's optim_wrapper.optimizer.
-
-    Raises:
-        ValueError: the optimizer makes no state that can be counted.
-    """
-    shapes = Counter(tuple(p.shape) for p in parameters)
-    kind = OPTIMIZERS.resolve(optimizer["type"])
-    if kind.__module__.startswith("bitsandbytes."):
-        return _bitsandbytes_bytes(kind, shapes, optimizer)
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        fakes = {shape: nn.Parameter(torch.empty(shape)) for shape in shapes}
-        for fake in fakes.values():
-            fake.grad = torch.empty_like(fake)
-        built = OPTIMIZERS.build({**optimizer, "params": list(fakes.values())})
-        try:
-            built.step()
-        except Exception as error:
-            if any(not built.state[p] for p in fakes.values()):  # it made no state before it failed
-                raise ValueError(
-                    f"the state of {kind.__name__} cannot be counted ({error}); name a torch "
-                    "optimizer for the estimate: --cfg-options optim_wrapper.optimizer.type=AdamW"
-                ) from error
-        total = 0
-        for shape, fake in fakes.items():
-            tensors = [v for v in built.state[fake].values() if isinstance(v, torch.Tensor)]
-            total += shapes[shape] * sum(v.numel() * v.element_size() for v in tensors)
-        return total
-
-
-def _bitsandbytes_bytes(
-    kind: Any, shapes: Counter[tuple[int, ...]], optimizer: dict[str, Any]
-) -> int:
-    from bitsandbytes.optim.optimizer import Optimizer2State
-
-    moments = 2 if issubclass(kind, Optimizer2State) else 1
-    is_8bit = "8bit" in kind.__name__ or optimizer.get("optim_bits") == 8
-    total = 0
-    for shape, times in shapes.items():
-        count = torch.Size(shape).numel()
-        if is_8bit and count >= _BNB_SMALL:
-            total += times * moments * (count + _FLOAT32 * _share(count, _BNB_BLOCK))
-        else:
-            total += times * moments * _FLOAT32 * count
-    return total
-
-
-def update_bytes(optimizer: dict[str, Any], trainable: int, device_type: str) -> int:
-    """What torch's Adam makes during an update: on a GPU one float32 for every parameter.
-
-    There the default is the "foreach" form, which takes the square roots of all second moments at
-    once (torch.optim.adam._multi_tensor_adam); fused=True and foreach=False make nothing of it.
-    """
-    kind = OPTIMIZERS.resolve(optimizer["type"])
-    is_foreach = optimizer.get("foreach") is not False and not optimizer.get("fused")
-    is_adam = kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
-    return _FLOAT32 * trainable if device_type == "cuda" and is_foreach and is_adam else 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xtuner_lite.engine.memory import PLACEMENTS, DeviceMemory, Placement
+from xtuner_lite.engine.memory import PLACEMENTS, DeviceMemory, Placement, shards_weights
 from xtuner_lite.engine.precision import choose_dtype
 from xtuner_lite.methods.sft import SupervisedFinetune
 from xtuner_lite.models.loading import load_causal_lm
@@ -25,6 +25,9 @@ GIB = 2**30
 #: Share of a device's memory that a run may plan with; the rest is the CUDA context, the libraries'
 #: workspaces and what the allocator cannot use.
 USABLE = 0.9
+
+#: Elements; reduce_bucket_size of a JSON that does not say it (deepspeed/runtime/zero/config.py).
+DEEPSPEED_BUCKET = 500_000_000
 
 COLUMNS = tuple(f.name for f in fields(DeviceMemory) if f.name != "host")
 
@@ -86,8 +89,8 @@ def estimate(
     _refuse_quantized(config)
     wrapper = cfg["optim_wrapper"]
     loader = cfg["train_dataloader"]
-    strategy = cfg.get("strategy")
     zero: dict[str, int] = {}
+    strategy = dict((cfg.get("strategy") or {}).items())
     if deepspeed is not None:
         placement, zero = deepspeed_placement(deepspeed)
     elif placement is None:
@@ -106,12 +109,19 @@ def estimate(
         device_type=device_type,
         placement=placement,
         devices=devices,
+        accumulative_counts=wrapper.get("accumulative_counts", 1),
         zero=zero,
+        half_weights=strategy.get("half_weights"),
     )
     planner = MemoryPlanner(config, trust_remote_code=trusts)
     method = planner.method(plan)
-    others = [p for p in PLACEMENTS if p != plan.placement and (p != "ddp" or devices > 1)]
-    shown = sorted([plan.placement, *others], key=PLACEMENTS.index)
+    shown = [
+        p
+        for p in PLACEMENTS
+        if p == plan.placement
+        or not (p == "ddp" and devices == 1)
+        and not (plan.quantization is not None and shards_weights(p))
+    ]
     table, notes = {}, list(_notes(plan, method))
     size = planner.size(plan)
     for other in shown:
@@ -136,7 +146,7 @@ def strategy_placement(strategy: Any, devices: int) -> tuple[Placement, dict[str
     Raises:
         EstimateError: a strategy this module does not know.
     """
-    if strategy is None:
+    if not strategy:
         return ("single" if devices == 1 else "ddp"), {}
     settings = dict(strategy.items())
     kind = settings.pop("type")
@@ -182,7 +192,7 @@ def deepspeed_placement(config: Any) -> tuple[Placement, dict[str, int]]:
         "reduce_bucket": ("reduce_bucket_size",),
         "max_live_parameters": ("max_live_parameters", "stage3_max_live_parameters"),
     }
-    sizes = {
+    sizes = {"reduce_bucket": DEEPSPEED_BUCKET} | {
         name: int(zero[key])
         for name, keys in names.items()
         for key in keys
@@ -233,5 +243,5 @@ def _notes(plan: Plan, method: Any) -> Iterator[str]:
             f"activations are those of one pass over {plan.batch_size} samples; "
             f"{type(method).__name__} may make several"
         )
-    if plan.quantization is not None and plan.placement.startswith(("fsdp2", "zero3")):
-        yield "a quantised base is counted as if it could be sharded"
+    if plan.quantization is not None and shards_weights(plan.placement):
+        yield f"{plan.placement} refuses a quantised base; use DDP or ZeRO-2"

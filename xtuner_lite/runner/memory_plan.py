@@ -15,9 +15,10 @@ from xtuner_lite.engine.memory import (
     Placement,
     computes_under_autocast,
     device_memory,
-    optimizer_state_bytes,
-    update_bytes,
+    keeps_half_weights,
+    shards_weights,
 )
+from xtuner_lite.engine.optimizer_memory import optimizer_state_bytes, update_bytes
 from xtuner_lite.engine.precision import parse_dtype
 from xtuner_lite.methods.base import TrainingMethod
 from xtuner_lite.methods.functional import chunked_head_loss
@@ -62,8 +63,12 @@ class Plan:
     device_type: str = "cuda"
     placement: Placement = "single"
     devices: int = 1
+    accumulative_counts: int = 1
+    """Micro-batches of a step."""
     zero: dict[str, int] = field(default_factory=dict)
     """reduce_bucket and max_live_parameters of engine.memory.device_memory."""
+    half_weights: bool | None = None
+    """As the DeepSpeed strategy's."""
 
 
 class MemoryPlanner:
@@ -105,6 +110,7 @@ class MemoryPlanner:
         learnt = [_count(p for p in x.parameters() if p.requires_grad) for x in layers] or [0]
         saved, dequantized = quantized_bytes(method.llm, plan.quantization, dtype)
         trainable = _count(trained)
+        half = keeps_half_weights(plan.placement, trainable, frozen, plan.dtype, plan.half_weights)
         return ModelSize(
             trainable=trainable,
             frozen=frozen,
@@ -113,13 +119,15 @@ class MemoryPlanner:
             layer=max(whole),
             layer_trainable=max(learnt),
             outside=trainable + frozen - sum(whole),
+            half_weights=half,
+            accumulates=plan.accumulative_counts > 1,
             optimizer=self._once(
                 ("optimizer", plan.method, plan.optimizer),
                 lambda: optimizer_state_bytes(trained, plan.optimizer),
             ),
             update=update_bytes(plan.optimizer, trainable, plan.device_type),
             dequantized=dequantized,
-            activations=self._activations(plan, computes_under_autocast(plan.placement)),
+            activations=self._activations(plan, computes_under_autocast(plan.placement, half)),
         )
 
     def _once(self, key: Any, work: Callable[[], Any]) -> Any:
@@ -199,7 +207,7 @@ def _changes(plan: Plan, method: TrainingMethod) -> Iterator[tuple[str, str, str
             "LoRA", "model.lora=dict(type=LoraConfig, r=16, lora_alpha=32)",
             "trains an adapter, not the model", replace(plan, method=adapted),
         )  # fmt: skip
-    if plan.quantization is None and not plan.placement.startswith(("zero3", "fsdp2")):
+    if plan.quantization is None and not shards_weights(plan.placement):
         yield (
             "QLoRA", f"model.llm.quantization='4bit'{'' if lora else ' and LoRA as above'}",
             "slower steps, a base rounded to 4 bits",
@@ -209,7 +217,11 @@ def _changes(plan: Plan, method: TrainingMethod) -> Iterator[tuple[str, str, str
         yield (
             "micro-batch", f"train_dataloader.batch_size=1, {plan.batch_size} times the "
             "optim_wrapper.accumulative_counts", "the same training, smaller products",
-            replace(plan, batch_size=1),
+            replace(
+                plan,
+                batch_size=1,
+                accumulative_counts=plan.batch_size * plan.accumulative_counts,
+            ),
         )  # fmt: skip
     if plan.length >= _LONG:
         yield (
@@ -219,8 +231,7 @@ def _changes(plan: Plan, method: TrainingMethod) -> Iterator[tuple[str, str, str
     sharded = ("fsdp2", "zero2", "zero3") if plan.devices > 1 else ()
     for placement in (*sharded, "fsdp2_offload", "zero2_offload", "zero3_offload"):
         offload = placement.endswith("offload")
-        shards_weights = placement.startswith(("fsdp2", "zero3"))
-        if placement == plan.placement or (plan.quantization and shards_weights):
+        if placement == plan.placement or (plan.quantization and shards_weights(placement)):
             continue
         yield (
             "offload" if offload else "sharding", f"strategy {placement}",
