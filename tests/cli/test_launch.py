@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.reliability.forked_ranks import running_in
-from xtuner_lite.cli import _launch, train
-from xtuner_lite.cli._launch import LaunchError, Plan, Supervisor, threads_per_rank
+from xtuner_lite.cli import _launch, _supervisor, train
+from xtuner_lite.cli._launch import LaunchError, Plan, threads_per_rank
+from xtuner_lite.cli._supervisor import Supervisor
 from xtuner_lite.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -237,7 +238,7 @@ WORKER = "import subprocess, sys; subprocess.Popen(['sleep', '60']); "
 
 
 def supervise(folder: Path, programs: list[str], monkeypatch) -> tuple[int, list[int]]:
-    monkeypatch.setattr(_launch, "GRACE_S", {"error": 1.0, "undecided": 0.5, "else": 0.3})
+    monkeypatch.setattr(_supervisor, "GRACE_S", {"error": 1.0, "undecided": 0.5, "else": 0.3})
     agent = ProgramAgent(folder, programs)
     code = Supervisor(folder, len(programs), agent).run()
     return code, agent.left_behind()

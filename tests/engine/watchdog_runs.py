@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from tests.reliability.fault_hook import hang_here
 from tests.reliability.forked_ranks import run_forked
-from xtuner_lite.cli._launch import LAUNCH_DIR, free_port
+from xtuner_lite.cli._launch import free_port
+from xtuner_lite.cli._rank import LAUNCH_DIR
 from xtuner_lite.engine.distributed import PeerError
 from xtuner_lite.engine.watchdog import Watchdog
 

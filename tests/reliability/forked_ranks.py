@@ -20,7 +20,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtuner_lite.cli._launch import LAUNCH_DIR, Supervisor, free_port
+from xtuner_lite.cli._launch import free_port
+from xtuner_lite.cli._rank import LAUNCH_DIR
+from xtuner_lite.cli._supervisor import Supervisor
 
 
 @dataclass

@@ -85,7 +85,7 @@ def _add_scale_arguments(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code (0, or 2 for a config that is refused)."""
-    from xtuner_lite.cli._launch import enter_rank, run_rank
+    from xtuner_lite.cli._rank import enter_rank, run_rank
 
     if enter_rank():
         return run_rank(lambda: _train(args))
@@ -137,7 +137,7 @@ def _launch(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    return launch(plan, "xtuner_lite.cli.main", ["train", *words_of_rank(args)])
+    return launch(plan, "xtuner_lite.cli.main", ["train", *words_of_rank(args)])  # does not return
 
 
 def _why_not_start(args: argparse.Namespace) -> str | None:

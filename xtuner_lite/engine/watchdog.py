@@ -15,7 +15,6 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import itertools
-import json
 import os
 import signal
 import socket
@@ -30,8 +29,6 @@ from pathlib import Path
 from torch.distributed import Store
 
 from xtuner_lite.engine.faults import (
-    FAILURE_FILE,
-    LAUNCH_DIR,
     Failure,
     exit_code_of,
     forked_children_die_with_us,
@@ -50,6 +47,7 @@ from xtuner_lite.engine.watchdog_blame import (
     find_stalled,
 )
 from xtuner_lite.engine.watchdog_line import BEAT_S, Line
+from xtuner_lite.engine.watchdog_notices import Notices
 
 #: Seconds without progress that a phase may take, unless it is announced as slow.
 DEFAULT_TIMEOUT_S = 300.0
@@ -105,9 +103,7 @@ class Watchdog:
             None  # (since when, exit code): failed() was called
         )
         self._tick = time.monotonic()
-        folder = os.environ.get(LAUNCH_DIR)
-        self._launch_dir = Path(folder) if folder else None
-        self._noticed: dict[int, int] = {}  # rank that ended with code 0 -> exchanges until then
+        self._notices = Notices(rank, self.host)
         self._line: Line | None = None
         if world_size > 1:
             prefix = f"xtuner_lite/watchdog/{next(_numbers)}"
@@ -226,7 +222,7 @@ class Watchdog:
             if now - self._leaving[0] > _LEAVE_S:
                 self._exit(self._leaving[1])
             return None
-        if (death := self._death_notice()) is not None:
+        if (death := self._notices.read(self._line)) is not None:
             return death
         if line.error is not None:
             return self._without_store(now)
@@ -245,7 +241,7 @@ class Watchdog:
     def _end(self, verdict: Failure) -> None:
         """Agree on the verdict, say it where this rank is the one to, and end the process."""
         line = self._line
-        if line.verdict is None and verdict.kind == "vanished" and verdict.host == self.host:
+        if line.verdict is None and verdict.kind == "vanished" and self._notices.has(verdict.rank):
             verdict.text = f"{verdict.text} {process_state(verdict.pid)}".rstrip()
         if line.verdict is None and verdict.kind != "store":
             line.propose(verdict)
@@ -322,29 +318,6 @@ class Watchdog:
     def _failure_of_mine(self, where: str, text: str, code: int, kind: str = "error") -> Failure:
         return Failure(kind, self.rank, self.host, self._pid, where, text, code, self.world_size)
 
-    def _death_notice(self) -> Failure | None:
-        """A rank of this machine that the launcher saw end before it had finished."""
-        if self._launch_dir is None:
-            return None
-        for path in sorted(self._launch_dir.glob("died_*.json")):
-            try:
-                notice = json.loads(path.read_text())
-            except (OSError, ValueError):
-                continue
-            seen = self._line.seen.get(notice["rank"])
-            if notice["rank"] == self.rank or (seen is not None and seen.is_done):
-                continue
-            without_store = notice["rank"] == 0 and self._line.error is not None
-            if not notice["exit_code"] and not without_store:  # 0, or not known yet
-                # Only rank 0 knows, soon, whether that rank had finished.
-                first = self._noticed.setdefault(notice["rank"], self._line.num_exchanges)
-                if self.rank != 0 or self._line.num_exchanges < first + 2:
-                    continue
-            where = seen.beat.where if seen is not None and seen.beat is not None else ""
-            code = notice["exit_code"] or 0
-            return Failure("died", notice["rank"], self.host, notice["pid"], where, exit_code=code)
-        return None
-
     def _without_store(self, now: float) -> Failure | None:
         text, since = self._line.error
         if self._line.others_are_done() or self._state == "done":
@@ -363,8 +336,7 @@ class Watchdog:
         return Failure("store", 0, host, pid, text=f"{text}{self.host}, at {self._where()}.")
 
     def _write(self, verdict: Failure) -> None:
-        if self._launch_dir is not None:
-            write_once(self._launch_dir / FAILURE_FILE, verdict.to_json())
+        self._notices.write(verdict)
         if self.log_dir is not None:
             write_once(Path(self.log_dir) / "failure.txt", verdict.describe() + "\n")
 
