@@ -14,7 +14,7 @@ def test_all(capsys):
 
 
 def test_pattern(capsys):
-    assert main(["list-cfg", "-p", "identity"]) == 0
+    assert main(["list-cfg", "-p", "135m_sft_lora_identity"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 

@@ -30,7 +30,9 @@ def test_names_are_unique_and_described():
     assert (configs_dir() / "_base_" / "default_runtime.py").is_file()
 
 
-@pytest.mark.parametrize("pattern", ["lora_identity", "*LORA_identity", "smollm2*identity"])
+@pytest.mark.parametrize(
+    "pattern", ["135m_sft_lora_identity", "*135m_SFT_LORA_identity", "smollm2*sft_lora*identity"]
+)
 def test_pattern(pattern):
     assert [info.name for info in list_configs(pattern)] == [NAME]
     assert list_configs("no such config") == []
