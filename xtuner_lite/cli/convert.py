@@ -21,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     merge = _action(actions, "merge", "an adapter into its base model, layer by layer on disk")
-    merge.add_argument("base", metavar="BASE", help="full-precision base model: " + _MODEL)
+    merge.add_argument(
+        "base",
+        metavar="BASE",
+        help="full-precision base model (" + _MODEL + "), or auto: the one the adapter names",
+    )
     merge.add_argument("adapter", metavar="ADAPTER", help="adapter, checkpoint or work_dir")
     _add_out(merge)
     _add_shard_size(merge, "5GB")

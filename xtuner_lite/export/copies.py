@@ -16,13 +16,13 @@ from xtuner_lite.export.publish import (
 )
 from xtuner_lite.export.sources import model_folder, newest_checkpoint, read_json, refuse_quantised
 from xtuner_lite.export.tensor_files import WeightFiles, parse_size
+from xtuner_lite.export.verify import CachedForward
 from xtuner_lite.export.write_model import (
     Tokenizer,
     Verify,
     ask,
     check_verify,
     chosen_verify,
-    forward_of,
     open_folder,
     verify_folder,
     write_settings,
@@ -92,7 +92,9 @@ def split_model(
                 loaded.save_pretrained(str(folder), max_shard_size=max_bytes)
             write_settings(folder, folder, tokenizer, {}, source)
             vocab_size = int(read_json(folder / MODEL_CONFIG)["vocab_size"])
-            reference = ask(lambda: forward_of(loaded.float().eval()), tokenizer, vocab_size, how)
+            reference = ask(
+                lambda: CachedForward(loaded.float().eval()), tokenizer, vocab_size, how
+            )
         verify_folder(folder, receipt, reference, tokenizer, how, tolerance=1e-5)
         receipt.write(folder)
     return receipt

@@ -23,8 +23,8 @@ from xtuner_lite.export.modelfile import modelfile
 from xtuner_lite.export.publish import ExportError, Receipt, describe_folder, publishing
 from xtuner_lite.export.sources import model_folder, read_json, refuse_quantised
 from xtuner_lite.export.tensor_files import WeightFiles
-from xtuner_lite.export.verify import Answers, compare, greedy_answers, prompt_ids
-from xtuner_lite.export.write_model import NUM_NEW_TOKENS, Tokenizer, Verify, forward_of
+from xtuner_lite.export.verify import Answers, CachedForward, compare, greedy_answers, prompt_ids
+from xtuner_lite.export.write_model import NUM_NEW_TOKENS, Tokenizer, Verify
 from xtuner_lite.models.hub import MODEL_CONFIG, Hub
 
 if TYPE_CHECKING:
@@ -140,9 +140,9 @@ def _verify(
         return
     original, reference = _answers(source, tokenizer, outtype)
     export = _open(file)
-    found = compare(reference, forward_of(export), _TOLERANCE)
+    found = compare(reference, CachedForward(export), _TOLERANCE)
     found.check()
-    loss = compare(original, forward_of(export), float("inf"))
+    loss = compare(original, CachedForward(export), float("inf"))
     del export
     receipt.verification.update(
         prompts=reference.prompts, tokens=reference.tokens, **found.to_dict()
@@ -166,24 +166,32 @@ def _answers(source: Path, tokenizer: Tokenizer, outtype: str) -> tuple[Answers,
 
     model = load_causal_lm(source, dtype="fp32").eval()
     prompts = prompt_ids(tokenizer.own, model.config.get_text_config().vocab_size)
-    original = greedy_answers(forward_of(model), prompts, NUM_NEW_TOKENS["loaded"])
+    original = greedy_answers(CachedForward(model), prompts, NUM_NEW_TOKENS["loaded"])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(rounded(parameter, outtype))
-    return original, greedy_answers(forward_of(model), prompts, NUM_NEW_TOKENS["loaded"])
+    return original, greedy_answers(CachedForward(model), prompts, NUM_NEW_TOKENS["loaded"])
 
 
 def _open(file: Path) -> torch.nn.Module:
     """The model of a GGUF file in float32."""
+    import gguf
     import transformers
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    more = {}
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(file.parent),
+        "gguf_file": file.name,
+    }
+    config = AutoConfig.from_pretrained(**source)
+    fields = gguf.GGUFReader(file).fields
+    arch = fields["general.architecture"].contents()
+    config.head_dim = fields[f"{arch}.attention.key_length"].contents()  # transformers skips it
     if hasattr(transformers, "GgufConfig"):
-        more["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        source["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
         return AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32, **more
+            **source, config=config, dtype=torch.float32
         ).eval()
 
 

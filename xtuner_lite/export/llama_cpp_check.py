@@ -29,17 +29,36 @@ def check_with_llama_cpp(
     Raises:
         ExportError: other token ids, or another greedy answer.
     """
+    from contextlib import closing
+
     import llama_cpp
 
     longest = max(len(p) + len(t) for p, t in zip(reference.prompts, reference.tokens))
     llama = llama_cpp.Llama(
         str(file), n_ctx=longest + 8, n_threads=2, logits_all=True, verbose=False
     )
+    with closing(llama):
+        _check_ids(llama, tokenizer)
+        equal, difference, std = _check_answers(llama, reference)
+    return {
+        "version": llama_cpp.__version__,
+        "texts": len(TEXTS),
+        "tokens_equal": equal,
+        "max_logit_difference": difference,
+        "logit_std": std,
+    }
+
+
+def _check_ids(llama: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     for text in TEXTS:
         mine = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         theirs = llama.tokenize(text.encode(), add_bos=False, special=True)
         if mine != theirs:
             raise ExportError(f"llama.cpp reads {text!r} as tokens {theirs}, not {mine}")
+
+
+def _check_answers(llama: Any, reference: Answers) -> tuple[bool, float, float]:
+    """(greedy tokens equal, largest difference of a logit, their standard deviation)."""
     equal, difference = True, 0.0
     std = float(np.concatenate([x.numpy().ravel() for x in reference.logits]).std())
     for prompt, tokens, logits in zip(reference.prompts, reference.tokens, reference.logits):
@@ -60,10 +79,4 @@ def check_with_llama_cpp(
                     f"llama.cpp's greedy answer differs at token {index + 1}: {other} instead of "
                     f"{token}, which is ahead by {margin:.3g}"
                 )
-    return {
-        "version": llama_cpp.__version__,
-        "texts": len(TEXTS),
-        "tokens_equal": equal,
-        "max_logit_difference": difference,
-        "logit_std": std,
-    }
+    return equal, difference, std

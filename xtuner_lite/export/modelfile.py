@@ -107,15 +107,14 @@ def turn_texts(tokenizer: PreTrainedTokenizerBase) -> TurnTexts:
             before, behind = with_system.split(system, 1)
             behind = behind.split(user, 1)[0]
             behind = behind.removesuffix(before_user)
-            own_begin = _common_prefix(before, begin)
-            around = {"system": (before[len(own_begin) :], behind), **around}
-            inserted = begin[len(own_begin) :]
-            if inserted:
-                start, end = around["system"]
-                if not inserted.startswith(start) or not inserted.endswith(end):
-                    raise ValueError(f"it begins with {inserted!r}")
-                default_system = inserted[len(start) : len(inserted) - len(end)]
-            begin = own_begin
+            if before.startswith(begin):  # nothing is put in; what begins the text stays outside
+                around = {"system": (before[len(begin) :], behind), **around}
+            elif begin.startswith(before) and begin.endswith(behind):
+                around = {"system": (before, behind), **around}
+                default_system = begin[len(before) : len(begin) - len(behind)]
+                begin = ""
+            else:
+                raise ValueError(f"it begins with {begin!r}")
         except RowRefused:
             pass
     except (ValueError, IndexError, RowRefused) as error:

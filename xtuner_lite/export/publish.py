@@ -119,6 +119,7 @@ def publishing(
             f"{out} would take {_gib(num_bytes)}, and its disk has {_gib(free)} free; nothing was "
             "written. Free some space, or name a folder on another disk"
         )
+    _clear_leftovers(out)
     aside = out.parent / f".writing-{out.name}-{os.getpid()}"
     aside.mkdir()
     try:
@@ -172,6 +173,24 @@ def _rename(aside: Path, out: Path) -> None:
         raise
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Removes what a killed process left half-written beside ``out``."""
+    for path in out.parent.glob(f".writing-{out.name}-*"):
+        number = path.name.rpartition("-")[2]
+        if number.isdigit() and not _is_running(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _flush(folder: Path) -> None:

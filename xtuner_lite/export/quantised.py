@@ -9,11 +9,16 @@ from typing import Literal
 from xtuner_lite.export.publish import ExportError, Receipt, describe_folder, publishing
 from xtuner_lite.export.sources import model_folder, open_tokenizer, refuse_quantised
 from xtuner_lite.export.tensor_files import parse_size
-from xtuner_lite.export.verify import check_tokenizer, compare, greedy_answers, prompt_ids
+from xtuner_lite.export.verify import (
+    CachedForward,
+    check_tokenizer,
+    compare,
+    greedy_answers,
+    prompt_ids,
+)
 from xtuner_lite.export.write_model import (
     NUM_NEW_TOKENS,
     Tokenizer,
-    forward_of,
     write_settings,
 )
 from xtuner_lite.models.hub import Hub
@@ -60,16 +65,16 @@ def quantise_model(
     with publishing(out, overwrite=overwrite, sources=(source,)) as folder:
         full = load_causal_lm(source).eval()
         prompts = prompt_ids(tokenizer.own, full.config.get_text_config().vocab_size)
-        original = greedy_answers(forward_of(full), prompts, NUM_NEW_TOKENS["loaded"])
+        original = greedy_answers(CachedForward(full), prompts, NUM_NEW_TOKENS["loaded"])
         del full
         small = load_causal_lm(source, quantization=f"{bits}bit").eval()
-        loss = compare(original, forward_of(small), float("inf"))
-        reference = greedy_answers(forward_of(small), prompts, NUM_NEW_TOKENS["loaded"])
+        loss = compare(original, CachedForward(small), float("inf"))
+        reference = greedy_answers(CachedForward(small), prompts, NUM_NEW_TOKENS["loaded"])
         with without_progress_bars():
             small.save_pretrained(str(folder), max_shard_size=max_bytes)
         del small
         write_settings(folder, folder, tokenizer, {}, source)
-        found = compare(reference, forward_of(load_causal_lm(folder).eval()), _TOLERANCE)
+        found = compare(reference, CachedForward(load_causal_lm(folder).eval()), _TOLERANCE)
         found.check()
         receipt.verification = {"how": "loaded", **found.to_dict()}
         if tokenizer.own is not None:

@@ -83,6 +83,18 @@ def adapter_folder(path: str | Path) -> Path:
     return folder.resolve()
 
 
+def named_base(adapter: Path) -> str:
+    """The base model an adapter names.
+
+    Raises:
+        ExportError: it names none.
+    """
+    name = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not name:
+        raise ExportError(f"{adapter / ADAPTER_CONFIG} names no base model; give it as BASE")
+    return str(name)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 

@@ -32,6 +32,7 @@ from xtuner_lite.export.tensor_files import (
 from xtuner_lite.export.verify import (
     TOLERANCE,
     Answers,
+    CachedForward,
     Forward,
     check_stops,
     check_tokenizer,
@@ -121,12 +122,11 @@ def write_settings(
     write_generation_config(folder, (*extra, source), tokenizer.stops, pad)
 
 
-def forward_of(model: nn.Module) -> Forward:
+def uncached(model: nn.Module) -> Forward:
     """Logits of a model's own forward pass; neither mask nor cache."""
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
     def forward(ids: Tensor) -> Tensor:
-        return model(input_ids=ids.to(device), use_cache=False).logits
+        return model(input_ids=ids, use_cache=False).logits
 
     return forward
 
@@ -136,7 +136,7 @@ def open_folder(folder: Path, how: Verify) -> Forward:
     if how == "loaded":
         from xtuner_lite.models.loading import load_causal_lm
 
-        return forward_of(load_causal_lm(folder, dtype="fp32").eval())
+        return CachedForward(load_causal_lm(folder, dtype="fp32").eval())
     from transformers import AutoConfig
 
     files = WeightFiles.of_model(folder)
@@ -151,7 +151,7 @@ def open_folder(folder: Path, how: Verify) -> Forward:
         return files.read(name) if name in files.infos else None
 
     stream_weights(model, read)
-    return forward_of(model)
+    return uncached(model)
 
 
 def ask(
