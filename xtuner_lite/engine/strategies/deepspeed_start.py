@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +20,9 @@ from xtuner_lite.engine.optim import OptimWrapper
 
 #: The strategy reads DeepSpeed's insides, which change between minor versions.
 OLDEST = (0, 19)
+
+#: A build of CPUAdam takes about a minute; a lock file older than this was left behind.
+_BUILD_LIMIT_S = 1800.0
 
 #: Optimizers whose update of an element depends on that element alone. ZeRO hands an optimizer
 #: flat pieces of many parameters: one that looks at rows or blocks would compute something else.
@@ -114,6 +119,7 @@ def use_cpu_adam(optim_wrapper: OptimWrapper, ranks: Ranks) -> None:
             "it is compiled, which takes about a minute",
             logger="current",
         )
+    _refuse_stale_lock()
     defaults = optimizer.defaults
     options = {key: defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
     error = None
@@ -133,6 +139,21 @@ def use_cpu_adam(optim_wrapper: OptimWrapper, ranks: Ranks) -> None:
             "strategy.cpu_adam=False to update the weights with torch's optimizer on the CPU, "
             "which is several times slower."
         ) from error
+
+
+def _refuse_stale_lock() -> None:
+    """torch waits for ever for a build whose lock file a killed process left."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob("**/cpu_adam/lock"):
+        age_s = time.time() - lock.stat().st_mtime
+        if age_s > _BUILD_LIMIT_S:
+            raise RuntimeError(
+                f"DeepSpeed's CPUAdam cannot be built: {lock} is {age_s / 60:.0f} minutes old, "
+                "left by a process that was killed while it compiled. Delete the file and start "
+                "again."
+            )
 
 
 def _number(value: Any) -> Any:
