@@ -83,12 +83,18 @@ def far_resume(scale: float, seed: int) -> dict[str, Any]:
     return result
 
 
+def two_hosts(scale: float, seed: int) -> dict[str, Any]:
+    """Two hosts in network namespaces train together; then one is cut off (needs root)."""
+    return run("two_hosts")
+
+
 PARTS = {
     "kills": kills,
     "damages": damages,
     "bad_steps": bad_steps,
     "rank_failures": rank_failures,
     "far_resume": far_resume,
+    "two_hosts": two_hosts,
 }
 
 

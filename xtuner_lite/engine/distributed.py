@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from xtuner_lite.engine.network import set_gloo_interface
 
@@ -151,7 +152,11 @@ class Ranks:
 
 
 def init_distributed(
-    launcher: str = "none", *, backend: str | None = None, timeout_s: float = DEFAULT_SLOW_TIMEOUT_S
+    launcher: str = "none",
+    *,
+    backend: str | None = None,
+    start_timeout_s: float = DEFAULT_TIMEOUT_S,
+    timeout_s: float = DEFAULT_SLOW_TIMEOUT_S,
 ) -> Ranks:
     """Join the other processes of this run, as its launcher's variables say.
 
@@ -159,7 +164,8 @@ def init_distributed(
         launcher: 'pytorch' (torchrun, ``--nproc``), 'slurm', 'mpi', or 'none': one process, except
             where torchrun started this one.
         backend: of torch.distributed; None takes NCCL for GPU tensors and gloo for the rest.
-        timeout_s: after which a communication that does not end is an error.
+        start_timeout_s: seconds in which all processes must have come together.
+        timeout_s: seconds after which a later communication that does not end is an error.
 
     Raises:
         ValueError: an unknown launcher.
@@ -196,7 +202,8 @@ def init_distributed(
         set_gloo_interface(os.environ["MASTER_ADDR"])
         if backend is None:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=timedelta(seconds=start_timeout_s))
+        _set_pg_timeout(timedelta(seconds=timeout_s))
     return Ranks(rank, world_size, local_rank)
 
 

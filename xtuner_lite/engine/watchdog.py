@@ -28,6 +28,7 @@ from pathlib import Path
 
 from torch.distributed import Store
 
+from xtuner_lite.engine.distributed import DEFAULT_TIMEOUT_S
 from xtuner_lite.engine.faults import (
     Failure,
     exit_code_of,
@@ -49,8 +50,6 @@ from xtuner_lite.engine.watchdog_blame import (
 from xtuner_lite.engine.watchdog_line import BEAT_S, Line
 from xtuner_lite.engine.watchdog_notices import Notices
 
-#: Seconds without progress that a phase may take, unless it is announced as slow.
-DEFAULT_TIMEOUT_S = 300.0
 _TICK_S = 0.2
 #: A pause of our own thread beyond this is the machine's (suspended, stopped), not the run's.
 _PAUSE_S = 3.0

@@ -128,6 +128,7 @@ class Runner(Assembly):
         self.ranks = init_distributed(
             launcher,
             backend=((env_cfg or {}).get("dist_cfg") or {}).get("backend"),
+            start_timeout_s=self._timeouts["timeout_s"],
             timeout_s=self._timeouts["slow_timeout_s"],
         )
         self._watchdog: Watchdog | None = None
@@ -211,6 +212,7 @@ class Runner(Assembly):
                     self.logger.info(f"resumed from {checkpoint} at step {self.train_loop.iter}")
             stack.enter_context(self._signals)
             stack.callback(self._close)
+            stack.push(self._tell_failure)  # before hooks are closed, which may take long
             self.train_loop.run()
             self.finish_saving()
             self.call_hook("after_run")
@@ -330,6 +332,10 @@ class Runner(Assembly):
             raise
         self._watchdog.close()
         self._watchdog = None
+
+    def _tell_failure(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and self._watchdog is not None:
+            self._watchdog.failed(error)
 
     def _close(self) -> None:
         """End what hooks and back-ends hold open, however the run ended."""
