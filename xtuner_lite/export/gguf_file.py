@@ -12,6 +12,7 @@ import torch
 
 from xtuner_lite.export.gguf_model import (
     OUTTYPES,
+    add_info,
     add_settings,
     architecture_of,
     gguf_tensors,
@@ -112,13 +113,12 @@ def _write_tensors(
 ) -> None:
     """Shapes first, then the data tensor by tensor: one in memory at a time."""
     for target, _, tensor in gguf_tensors(files, config, arch):
-        data, kind = quantised(tensor, outtype)
-        writer.add_tensor_info(target, data.shape, data.dtype, data.nbytes, raw_dtype=kind)
+        add_info(writer, target, tuple(tensor.shape), outtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for _, _, tensor in gguf_tensors(files, config, arch):
-        writer.write_tensor_data(quantised(tensor, outtype)[0])
+        writer.write_tensor_data(quantised(tensor, outtype))
     writer.close()
 
 

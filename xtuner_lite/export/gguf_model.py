@@ -131,25 +131,42 @@ def gguf_tensors(
         yield "rope_freqs.weight", "", llama3_factors(rope, _heads(config)[2])
 
 
-def quantised(tensor: Tensor, outtype: str) -> tuple[np.ndarray, Any]:
-    """(data, GGML type) of a tensor: vectors stay float32, rows that do not fit blocks float16."""
+def stored_type(shape: tuple[int, ...], outtype: str) -> Any:
+    """GGML type of a tensor: vectors stay float32, rows that do not fit blocks become float16."""
     import gguf
 
-    numbers = tensor.float().numpy()
-    kind = gguf.GGMLQuantizationType[outtype.upper()]
-    if numbers.ndim < 2:
-        return numbers, gguf.GGMLQuantizationType.F32
-    if outtype not in ("f32", "f16", "bf16") and numbers.shape[-1] % _BLOCK:
-        kind = gguf.GGMLQuantizationType.F16
-    return gguf.quants.quantize(numbers, kind), kind
+    if len(shape) < 2:
+        return gguf.GGMLQuantizationType.F32
+    if outtype not in ("f32", "f16", "bf16") and shape[-1] % _BLOCK:
+        return gguf.GGMLQuantizationType.F16
+    return gguf.GGMLQuantizationType[outtype.upper()]
+
+
+def quantised(tensor: Tensor, outtype: str) -> np.ndarray:
+    """The data of a tensor as the file holds it."""
+    import gguf
+
+    return gguf.quants.quantize(tensor.float().numpy(), stored_type(tuple(tensor.shape), outtype))
+
+
+def add_info(writer: Any, name: str, shape: tuple[int, ...], outtype: str) -> None:
+    """Announces a tensor to the writer, before any data is written."""
+    import gguf
+
+    kind = stored_type(shape, outtype)
+    plain = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
+    dtype = np.dtype(plain.get(kind, np.uint8))
+    stored = shape if kind in plain else gguf.quant_shape_to_byte_shape(shape, kind)
+    writer.add_tensor_info(name, stored, dtype, math.prod(stored) * dtype.itemsize, raw_dtype=kind)
 
 
 def rounded(tensor: Tensor, outtype: str) -> Tensor:
     """float32: what a tensor is after it went into GGUF and out again."""
     import gguf
 
-    data, kind = quantised(tensor, outtype)
-    return torch.from_numpy(np.array(gguf.quants.dequantize(data, kind))).reshape(tensor.shape)
+    kind = stored_type(tuple(tensor.shape), outtype)
+    numbers = gguf.quants.dequantize(quantised(tensor, outtype), kind)
+    return torch.from_numpy(np.array(numbers)).reshape(tensor.shape)
 
 
 def llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:

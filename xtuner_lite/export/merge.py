@@ -8,12 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from xtuner_lite.export.merge_layers import (
-    CannotStream,
-    MergedWeights,
-    adapter_on,
-    assign_adapter,
-)
+from xtuner_lite.export.adapter_fit import adapter_on, assign_adapter
+from xtuner_lite.export.merge_layers import CannotStream, MergedWeights
 from xtuner_lite.export.publish import ExportError, Receipt, describe_folder, publishing
 from xtuner_lite.export.sources import (
     ADAPTER_WEIGHTS,

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from xtuner_lite.export.adapter_fit import PREFIX, adapter_on, weight_name
 from xtuner_lite.export.publish import ExportError
 from xtuner_lite.export.tensor_files import TensorInfo, WeightFiles
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
     from transformers import PreTrainedModel
 
-_PREFIX = "base_model.model."
 _ROWS = ".token_adapter.trainable_tokens_delta"
 #: Initialisations that leave the base weights alone, or change them by the layer's weight only, so
 #: that the same layer alone gives the same result.
@@ -58,8 +57,8 @@ class MergedWeights:
         self.base, self.adapter, self.config = base, adapter, config
         self.dtype, self.device, self.empty = dtype, device, empty
         self._check_streamable(empty)
-        self.embedding = _weight_name(empty, empty.get_input_embeddings())
-        self.head = _weight_name(empty, empty.get_output_embeddings())
+        self.embedding = weight_name(empty, empty.get_input_embeddings())
+        self.head = weight_name(empty, empty.get_output_embeddings())
         self.was_tied = bool(empty.config.get_text_config().tie_word_embeddings)
         self.modules = dict(empty.named_modules())
         self.adapted = adapter_on(empty, config, adapter)
@@ -86,7 +85,7 @@ class MergedWeights:
 
         PiSSA and its kind take a part of the base weight away before they add theirs.
         """
-        name = name.removeprefix(_PREFIX)
+        name = name.removeprefix(PREFIX)
         for wrapper in (".token_adapter", ".base_layer", ".original_module"):
             name = name.replace(wrapper, "")
         module, _, key = name.rpartition(".")
@@ -135,7 +134,7 @@ class MergedWeights:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         targets = {
-            name.removeprefix(_PREFIX)
+            name.removeprefix(PREFIX)
             for name, module in self.adapted.named_modules()
             if isinstance(module, BaseTunerLayer) and not name.endswith(".token_adapter")
         }
@@ -143,7 +142,7 @@ class MergedWeights:
         self.replaced: dict[str, str] = {}
         self.rows: dict[str, str] = {}
         for key in self.adapter.infos:
-            name = key.removeprefix(_PREFIX)
+            name = key.removeprefix(PREFIX)
             if ".base_layer." in name:  # peft saves the embedding under an adapter on it too
                 self.base.overrides[name.replace(".base_layer.", ".")] = self.adapter, key
                 continue
@@ -246,7 +245,7 @@ class MergedWeights:
             warnings.simplefilter("ignore")
             inject_adapter_in_model(_config_for(self.config, module), alone)
         weights = {
-            key.removeprefix(_PREFIX): self.adapter.read(key).to(self.device).float()
+            key.removeprefix(PREFIX): self.adapter.read(key).to(self.device).float()
             for key in self.targets[module]
         }
         layer = alone.get_submodule(module)
@@ -259,62 +258,6 @@ class MergedWeights:
 
 #: peft types whose layers know all that their merge needs, tested against peft's own merge.
 _BY_LAYER = ("LORA", "LOHA", "LOKR", "IA3")
-
-
-def adapter_on(empty: PreTrainedModel, config: PeftConfig, adapter: WeightFiles) -> PeftModel:
-    """The empty model with the adapter's layers, their weights empty too; checks that they fit.
-
-    Raises:
-        ExportError: names or shapes of the adapter's tensors differ from what the model needs.
-    """
-    from peft import get_peft_model, get_peft_model_state_dict
-
-    model = copy.deepcopy(empty)
-    _resize(model, adapter)
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "init_lora_weights"):
-        plain.init_lora_weights = True  # others compute with weights that are not here
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about initial values and ties, which are not used
-            adapted = get_peft_model(model, plain, low_cpu_mem_usage=True)
-    except ValueError as error:
-        if "target" not in str(error).lower():
-            raise
-        raise ExportError(
-            f"the adapter does not fit {type(empty).__name__}: {str(error).strip()} Give the base "
-            f"model it was trained on ({config.base_model_name_or_path!r} by its own account)"
-        ) from error
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    found = adapter.infos
-    parameters = {_PREFIX + name for name, _ in empty.named_parameters(remove_duplicate=False)}
-    problems = [f"it lacks {name}" for name in sorted(set(expected) - set(found))]
-    problems += [
-        f"it has {name} besides"
-        for name in sorted(set(found) - set(expected))
-        if name.replace(".base_layer.", ".") not in parameters
-    ]
-    problems += [
-        f"{name} is {list(found[name].shape)} there and {list(tensor.shape)} by the model"
-        for name, tensor in sorted(expected.items())
-        if name in found and tuple(tensor.shape) != found[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ExportError(
-            f"the adapter does not belong to this base model: {'; '.join(problems[:3])}{more}. It "
-            f"was trained on {config.base_model_name_or_path!r} by its own account; give that"
-        )
-    return adapted
-
-
-def _resize(model: PreTrainedModel, adapter: WeightFiles) -> None:
-    """Gives the model the adapter's number of tokens where it holds all embeddings itself."""
-    name = _PREFIX + _weight_name(model, model.get_input_embeddings())
-    info = adapter.infos.get(name)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if info is not None and info.shape[0] != rows:
-        model.resize_token_embeddings(info.shape[0], mean_resizing=False)
 
 
 def _config_for(config: PeftConfig, module: str) -> PeftConfig:
@@ -354,34 +297,6 @@ def _have_bias(model: PreTrainedModel, config: PeftConfig) -> bool:
     )
 
 
-def assign_adapter(adapted: PeftModel, read: Callable[[str], Tensor]) -> None:
-    """Gives every empty tensor of an adapter its value.
-
-    peft's own loader would move them to their base layer, which is on the meta device.
-
-    Args:
-        adapted: the model with the adapter.
-        read: a tensor of the adapter's file by its name there.
-    """
-    from peft import get_peft_model_state_dict
-
-    own = adapted.state_dict(keep_vars=True)
-    saved = get_peft_model_state_dict(adapted, state_dict=own, save_embedding_layers=False)
-    keys = {id(tensor): key for key, tensor in saved.items()}
-    for module in adapted.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in keys:
-                value = read(keys[id(parameter)]).float()
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
-
-
 def _is_residual(config: PeftConfig) -> bool:
     init = getattr(config, "init_lora_weights", True)
     return isinstance(init, str) and init.startswith(_RESIDUAL_INITS)
-
-
-def _weight_name(model: nn.Module, module: nn.Module | None) -> str:
-    for name, other in model.named_modules():
-        if module is not None and other is module:
-            return f"{name}.weight"
-    return ""
