@@ -100,6 +100,11 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def set_timeout(self, timeout_s: float) -> None:
+        """Seconds after which a communication that does not end is an error, from here on."""
+        if self.world_size > 1:
+            _set_pg_timeout(timedelta(seconds=timeout_s))
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.sum(0.0)
@@ -155,8 +160,7 @@ def init_distributed(
     launcher: str = "none",
     *,
     backend: str | None = None,
-    start_timeout_s: float = DEFAULT_TIMEOUT_S,
-    timeout_s: float = DEFAULT_SLOW_TIMEOUT_S,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Ranks:
     """Join the other processes of this run, as its launcher's variables say.
 
@@ -164,8 +168,8 @@ def init_distributed(
         launcher: 'pytorch' (torchrun, ``--nproc``), 'slurm', 'mpi', or 'none': one process, except
             where torchrun started this one.
         backend: of torch.distributed; None takes NCCL for GPU tensors and gloo for the rest.
-        start_timeout_s: seconds in which all processes must have come together.
-        timeout_s: seconds after which a later communication that does not end is an error.
+        timeout_s: seconds in which all processes must have come together, and after which a
+            communication that does not end is an error (until ``Ranks.set_timeout``).
 
     Raises:
         ValueError: an unknown launcher.
@@ -202,8 +206,7 @@ def init_distributed(
         set_gloo_interface(os.environ["MASTER_ADDR"])
         if backend is None:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=start_timeout_s))
-        _set_pg_timeout(timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Ranks(rank, world_size, local_rank)
 
 

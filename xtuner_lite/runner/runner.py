@@ -128,8 +128,7 @@ class Runner(Assembly):
         self.ranks = init_distributed(
             launcher,
             backend=((env_cfg or {}).get("dist_cfg") or {}).get("backend"),
-            start_timeout_s=self._timeouts["timeout_s"],
-            timeout_s=self._timeouts["slow_timeout_s"],
+            timeout_s=self._timeouts["timeout_s"],
         )
         self._watchdog: Watchdog | None = None
         self.cfg = cfg
@@ -325,6 +324,8 @@ class Runner(Assembly):
             log_dir=self.log_dir,
         )
         self._watchdog.start()
+        # It finds a rank that stays behind; a communication itself may wait for a slow phase.
+        ranks.set_timeout(self._timeouts["slow_timeout_s"])
         try:
             yield
         except BaseException as error:
