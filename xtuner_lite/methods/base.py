@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +161,8 @@ class TrainingMethod(nn.Module, ABC):
             stream: gathers the tensors of given names one after the other (Strategy's
                 ``stream_weights``).
         """
-        weights = (tensor for _, tensor in stream([_PREFIX + name for name in plan.names]))
+        # map keeps no reference to a tensor that was drawn; a generator would, beside the next one.
+        weights = map(itemgetter(1), stream([_PREFIX + name for name in plan.names]))
         if folder is None:
             for _ in weights:
                 pass

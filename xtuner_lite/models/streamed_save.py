@@ -177,6 +177,7 @@ def _write_file(path: Path, planned: tuple[PlannedTensor, ...], tensors: Iterato
                 )
             # A dtype that numpy does not know (bfloat16) is bytes like any other.
             file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            del tensor  # before the next one comes
 
 
 def _without_tied(model: PreTrainedModel, state: Mapping[str, Any]) -> dict[str, Tensor] | None:

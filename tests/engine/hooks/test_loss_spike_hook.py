@@ -57,6 +57,7 @@ class StopAfter(Hook):
 def run(folder, policy, bad=(), *, stop_after=None, ckpt=None, **changes):
     """Trains NUM_STEPS steps with LossSpikeHook; returns runner, trace, the hook."""
     options, custom = changes.pop("options", {}), changes.pop("custom", [])
+    num_steps = changes.pop("num_steps", NUM_STEPS)
     loader = changes.pop("train_dataloader", toy_loader(size=80, noise=0.1))
     hooks = {
         "loss_spike": dict(type="LossSpikeHook", policy=policy, warmup=WARMUP, **options),
@@ -69,7 +70,7 @@ def run(folder, policy, bad=(), *, stop_after=None, ckpt=None, **changes):
         folder,
         hooks,
         train_dataloader=loader,
-        train_cfg=dict(max_iters=NUM_STEPS),
+        train_cfg=dict(max_iters=num_steps),
         param_scheduler=dict(type="WarmupCosineLR"),
         custom_hooks=[
             trace,
@@ -233,12 +234,13 @@ def _two_ranks(folder):
     runner, trace, hook = run(
         folder,
         "rollback",
-        range(15, 18),
-        options=dict(max_skips=2),
+        range(11, 13),
+        options=dict(max_skips=1),
         train_dataloader=loader,
         strategy=strategy,
+        num_steps=15,
     )
-    weights = [w.tolist() for w in trace.weights[NUM_STEPS - 1]]
+    weights = [w.tolist() for w in trace.weights[14]]
     return (
         [line[:3] for line in trace.lines.values()],
         hook.num_rollbacks,

@@ -17,6 +17,7 @@ from tests.ranks import run_ranks
 from tests.tiny import tiny_llama, tiny_tokenizer
 from xtuner_lite.data.dataset import ChatDataset
 from xtuner_lite.methods.sft import SupervisedFinetune
+from xtuner_lite.models.loading import load_causal_lm
 from xtuner_lite.runner.runner import Runner
 
 
@@ -83,6 +84,7 @@ def train(
     llm: dict[str, Any] | None = None,
     dropout: float = 0.0,
     model: dict[str, Any] | None = None,
+    four_bit_path: Path | None = None,
     dtype: str = "fp32",
     val: bool = False,
     skip: int | None = None,
@@ -96,6 +98,7 @@ def train(
 
     Args:
         llm: options of tiny_llama.
+        four_bit_path: load the base from this folder in 4 bits instead.
         dropout: of the adapter, or of attention.
         model: options of SupervisedFinetune.
         skip: step whose update a hook drops.
@@ -108,8 +111,9 @@ def train(
         adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=dropout)
     torch.manual_seed(11)
     options = {"attention_dropout": 0.0 if lora else dropout, **(llm or {})}
+    base = load_causal_lm(four_bit_path, quantization="4bit") if four_bit_path else None
     config["model"] = SupervisedFinetune(
-        tiny_llama(**options), lora=adapter, **{"self_check": False, **(model or {})}
+        base or tiny_llama(**options), lora=adapter, **{"self_check": False, **(model or {})}
     )
     config["optim_wrapper"].update({"dtype": dtype, **(optim or {})})
     if val:
@@ -136,13 +140,25 @@ def train(
     return result
 
 
+def evaluate(work_dir: Path, strategy: dict[str, Any] | None, *, world_size: int = 1) -> dict:
+    """Evaluate an untrained model, without a training before it."""
+    config = run_config(Path(work_dir), strategy, world_size=world_size)
+    config["val_dataloader"] = config.pop("train_dataloader")
+    runner = Runner(**config)
+    runner.tokenizer = tiny_tokenizer()
+    results = runner.val()
+    names = list(runner.model.state_dict())
+    weights = runner.strategy.full_weights(names)
+    return {"val": results, "sum": float(sum(w.double().sum() for w in weights.values()))}
+
+
 def train_on_ranks(jobs: list[tuple[Path, dict | None, dict]], world_size: int = 2) -> list[dict]:
     """Run trainings (work_dir, strategy, options of train) one after the other on two ranks.
 
     Returns:
         The main rank's results; the other ranks' figures were the same.
     """
-    results = run_ranks(_train_all, jobs, world_size, world_size=world_size, timeout_s=280)
+    results = run_ranks(_train_all, jobs, world_size, world_size=world_size, timeout_s=600)
     for other in results[1:]:
         for mine, theirs in zip(results[0], other, strict=True):
             assert str(mine) == str(theirs)  # as text: NaN equals NaN
