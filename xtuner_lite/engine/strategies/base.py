@@ -32,6 +32,9 @@ class Strategy(ABC):
     model: nn.Module
     """The training method, as ``prepare`` placed it. Hooks read it as ``runner.model``."""
 
+    keeps_gradients: bool = True
+    """Whether a parameter's gradient stands in its ``grad`` until the update."""
+
     is_sharded: bool = False
     """Whether a rank holds only parts of the weights, so that every rank must join a forward."""
 

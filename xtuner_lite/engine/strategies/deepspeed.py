@@ -80,6 +80,8 @@ class DeepSpeed(TorchStrategy):
         ImportError: DeepSpeed is not installed or too old.
     """
 
+    keeps_gradients = False  # ZeRO moves them into its flat shares during backward
+
     def __init__(
         self,
         config: str | dict[str, Any],
