@@ -57,6 +57,7 @@ def run(model, hook, num_steps, *, lr=0.1, forward=None, zero_lr_steps=0):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     log = Log()
     runner = SimpleNamespace(
+        strategy=SimpleNamespace(keeps_gradients=True),
         model=model,
         iter=0,
         logger=log,
@@ -123,7 +124,8 @@ def test_steps_with_learning_rate_zero_do_not_count():
 
 def test_a_first_step_that_is_not_finite_says_nothing():
     model, hook, log = Model(), TrainabilityReportHook(), Log()
-    runner = SimpleNamespace(model=model, iter=0, logger=log)
+    strategy = SimpleNamespace(keeps_gradients=True)
+    runner = SimpleNamespace(model=model, iter=0, logger=log, strategy=strategy)
     hook.before_train(runner)
     hook.before_optimizer_step(runner, 0, None, {"loss": float("nan"), "num_units": 2.0})
     assert log.warnings == []
@@ -175,3 +177,17 @@ def test_names():
 def test_patience_is_checked():
     with pytest.raises(ValueError, match="patience=0; use 1 or more"):
         TrainabilityReportHook(patience=0)
+
+
+def test_where_gradients_are_taken_away_their_norm_is_looked_at():
+    model, log = Model(), Log()
+    strategy = SimpleNamespace(keeps_gradients=False)
+    runner = SimpleNamespace(model=model, iter=0, logger=log, strategy=strategy)
+    hook = TrainabilityReportHook()
+    hook.before_train(runner)
+    outputs = {"loss": 1.0, "num_units": 2.0, "grad_norm": 0.25}
+    hook.before_optimizer_step(runner, 0, None, outputs)
+    assert log.infos[-1].startswith("gradient norm of the first step: 0.25; which tensors")
+    hook.before_train(runner)
+    with pytest.raises(RuntimeError, match="none of the .* trainable tensors got a gradient"):
+        hook.before_optimizer_step(runner, 0, None, {**outputs, "grad_norm": 0.0})

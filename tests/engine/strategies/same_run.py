@@ -95,7 +95,7 @@ def run_config(
         train_cfg=dict(max_iters=7),
         randomness=dict(seed=3),
         default_hooks=dict(
-            dataset_preview=None, loss_curve=None, trainability=None,
+            dataset_preview=None, loss_curve=None,
             checkpoint=dict(interval=3, max_keep_ckpts=3),
         ),
         log_level="ERROR",

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from mmengine.hooks import Hook
@@ -74,13 +73,6 @@ class TrainabilityReportHook(Hook):
         runner.logger.info(format_report(groups))
         self._pending = {n: p for n, p in runner.model.named_parameters() if p.requires_grad}
         self._num_trainable, self._num_updates, self._first_step = len(self._pending), 0, True
-        self._seen: set[str] = set()
-        self._handles = []
-        if not runner.strategy.keeps_gradients:  # they are looked at as they come
-            self._handles = [
-                parameter.register_hook(partial(self._see, name))
-                for name, parameter in self._pending.items()
-            ]
         if not self._pending:
             raise ValueError(
                 "the model has no trainable parameter: all is frozen. Give model a lora=..., or "
@@ -97,8 +89,8 @@ class TrainabilityReportHook(Hook):
         is_finite = math.isfinite(outputs["loss"]) and math.isfinite(outputs.get("grad_norm", 0.0))
         if not self._pending or not is_finite or outputs["num_units"] == 0:
             return  # such a step says nothing; the guard hook decides what becomes of it
-        if self._handles:
-            self._report_seen(runner)
+        if not runner.strategy.keeps_gradients:
+            self._report_norm(runner, outputs["grad_norm"])
             return
         without: list[str] = []
         for name, parameter in self._pending.items():
@@ -133,20 +125,13 @@ class TrainabilityReportHook(Hook):
             )
             self._pending = {}
 
-    def _see(self, name: str, gradient: Tensor) -> None:
-        if bool(gradient.any()):
-            self._seen.add(name)
-
-    def _report_seen(self, runner) -> None:
-        """What the gradients of the first step say; weights are in the strategy's own shares."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        without = [name for name in self._pending if name not in self._seen]
-        self._report_gradients(runner, without)
+    def _report_norm(self, runner, grad_norm: float) -> None:
+        """For strategies whose optimizer takes the gradients away: their norm is all there is."""
+        if grad_norm == 0:
+            self._report_gradients(runner, list(self._pending))
         runner.logger.info(
-            f"{self._num_trainable - len(without)} of {self._num_trainable} trainable tensors got "
-            f"a gradient; whether they move is not looked at under {type(runner.strategy).__name__}"
+            f"gradient norm of the first step: {grad_norm:.4g}; which tensors get a gradient and "
+            f"move is not looked at under {type(runner.strategy).__name__}"
         )
         self._pending = {}
 
