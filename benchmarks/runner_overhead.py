@@ -115,7 +115,8 @@ def tokens_per_s(data: str, folder: str, nproc: int, threads: int, max_length: i
         "train_dataloader.num_workers=0",
         "optim_wrapper.dtype=fp32",
         f"optim_wrapper.accumulative_counts={2 // nproc}",
-        "train_cfg=dict(max_iters=5)",
+        "train_cfg.max_epochs=None",
+        "train_cfg.max_iters=5",
         "default_hooks.logger.jsonl_interval=1",
     ]
     command = [sys.executable, "-m", "xtuner_lite.cli.main", "train", CONFIG, "--work-dir", folder]
@@ -138,6 +139,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or write_rows(Path(folder) / "rows.jsonl")
         result = overhead(data, folder, args.turns, args.max_length)
+        print(json.dumps(result), flush=True)
         for name, nproc, threads in (("1x1", 1, 1), ("1x2", 1, 2), ("ddp_2x1", 2, 1)):
             result[f"tokens_per_s_{name}"] = round(
                 tokens_per_s(data, f"{folder}/{name}", nproc, threads, args.max_length), 1

@@ -22,7 +22,7 @@ LAYERS = {
     "data": 3, "models": 3,
     "methods": 4, "engine": 4,
     "runner": 5,
-    "export": 6, "chat": 6,
+    "export": 6, "chat": 6, "report": 6,
     "cli": 7,
 }  # fmt: skip
 

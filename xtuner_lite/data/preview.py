@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from xtuner_lite.data.segments import Segment, segments_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LEARNT, _PLAIN, _RULE, _RESET = "\033[1;32m", "\033[90m", "\033[36m", "\033[0m"
 _OPEN, _CLOSE = "[[", "]]"

@@ -20,6 +20,7 @@ from xtuner_lite.runner.contract import HookContract
 from xtuner_lite.runner.environment import compile_layers, describe_environment
 from xtuner_lite.runner.loops import EvalLoop, TrainLoop, ValLoop
 from xtuner_lite.runner.persistence import check_equal_data, frozen_digest, read_meta
+from xtuner_lite.runner.run_files import CONFIG_FILE, ENVIRONMENT_FILE
 
 
 class Assembly(HookContract):
@@ -59,7 +60,17 @@ class Assembly(HookContract):
         seed = draw_seed() if seed is None else seed
         self.seed = self.ranks.broadcast(seed)
         set_randomness(self.seed, self._randomness.get("deterministic", False))
-        self.logger.info(describe_environment(self))
+        environment = describe_environment(self)
+        self.logger.info(environment)
+        self.ranks.on_main(lambda: self._describe_start(environment))
+
+    def _describe_start(self, environment: str) -> None:
+        """What this attempt runs on and by which config, beside its log."""
+        (self.log_dir / ENVIRONMENT_FILE).write_text(environment + "\n", encoding="utf-8")
+        if self.cfg is not None:
+            from xtuner_lite.config import dump_config
+
+            dump_config(self.cfg, self.log_dir / CONFIG_FILE)
 
     def _find_resume_checkpoint(self) -> Path | None:
         """The checkpoint to go on from; the main rank looks, the others are told."""

@@ -1,7 +1,8 @@
 import pytest
 
 from tests.engine.hooks.toy_run import log_text, toy_loader, train
-from xtuner_lite.engine.hooks.loss_curve_hook import _points, draw_loss_curve, smooth
+from xtuner_lite.engine.hooks.loss_curve_hook import _points, draw_loss_curve
+from xtuner_lite.engine.hooks.metrics_log import smooth
 
 HOOKS = {
     "logger": {"type": "LoggerHook", "progress_bar": False},

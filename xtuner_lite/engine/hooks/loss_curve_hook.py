@@ -9,7 +9,7 @@ from typing import Any
 
 from mmengine.hooks import Hook
 
-from xtuner_lite.engine.hooks.metrics_log import METRICS_FILE, read_metrics
+from xtuner_lite.engine.hooks.metrics_log import METRICS_FILE, read_metrics, smooth
 from xtuner_lite.registry import HOOKS
 
 
@@ -92,15 +92,6 @@ def draw_loss_curve(records: list[dict[str, Any]], target: Path, *, title: str =
     aside = target.with_name(target.name + ".tmp")
     figure.savefig(aside, format="png")
     os.replace(aside, target)
-
-
-def smooth(values: tuple[float, ...], window: int) -> list[float]:
-    """Mean of the last ``window`` values at each place (fewer at the start)."""
-    means = []
-    for end in range(1, len(values) + 1):
-        part = values[max(0, end - window) : end]
-        means.append(sum(part) / len(part))
-    return means
 
 
 def _points(records: list[dict[str, Any]], mode: str) -> list[tuple[int, float]]:

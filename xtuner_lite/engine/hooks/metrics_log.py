@@ -54,6 +54,15 @@ def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], int]:
     return records, num_bad
 
 
+def smooth(values: tuple[float, ...], window: int) -> list[float]:
+    """Mean of the last ``window`` values at each place (fewer at the start)."""
+    means = []
+    for end in range(1, len(values) + 1):
+        part = values[max(0, end - window) : end]
+        means.append(sum(part) / len(part))
+    return means
+
+
 class MetricsLog:
     """Appends records to ``metrics.jsonl``; starts it afresh or cuts it back to the resumed step.
 
