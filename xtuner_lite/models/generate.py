@@ -1,67 +1,45 @@
-"""Replies of a chat model, whole or piece by piece, that leave the model as they found it."""
+"""Replies of a chat model, whole or piece by piece, that leave the model as they found it.
+
+Any number of threads may ask the same model: their replies are made one after the other, in the
+order of the calls, and none disturbs another's text or random numbers.
+"""
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
-    TextIteratorStreamer,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
-from xtuner_lite.models.modes import evaluating, preserved_rng
+from xtuner_lite.models.modes import evaluating
 from xtuner_lite.models.packed_forward import unwrap_adapter
+from xtuner_lite.models.reply_text import ReplyText
+from xtuner_lite.models.sampling import ReplyStats, Sampling
+from xtuner_lite.models.turns import GaveUpWaiting, turns_of
 from xtuner_lite.structures import Message
 from xtuner_lite.templates import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from transformers.generation.streamers import BaseStreamer
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen.
-
-    Args:
-        max_new_tokens: longest reply, in tokens.
-        temperature: 0 takes the likeliest token each time (greedy); higher is more varied.
-        top_p: sample from the likeliest tokens that hold this share of the probability; 1 is all.
-        top_k: sample from that many likeliest tokens; 0 is all.
-        repetition_penalty: above 1 makes tokens already seen less likely.
-        seed: of the random stream; None draws from the current one. Without effect when greedy.
-
-    Raises:
-        ValueError: a value out of its range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        ranges = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-        )
-        for name, is_right, allowed in ranges:
-            if not is_right:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be {allowed}")
+#: Temperatures below this are greedy: dividing by them would leave float32.
+_GREEDY = 1e-5
 
 
 def generate_reply(
@@ -69,14 +47,11 @@ def generate_reply(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-    streamer: BaseStreamer | None = None,
+    tools: list[dict[str, Any]] | None = None,
     should_stop: threading.Event | None = None,
+    stats: ReplyStats | None = None,
+    on_text: Callable[[str], None] | None = None,
+    **sampling: Any,
 ) -> str:
     """The model's next turn in a conversation, without special tokens.
 
@@ -88,42 +63,47 @@ def generate_reply(
         model: a causal language model, or a PeftModel around one.
         tokenizer: carries the chat template.
         messages: the conversation so far; the last turn is not the assistant's.
-        max_new_tokens: as in Sampling, and all up to ``seed``.
-        temperature: see Sampling.
-        top_p: see Sampling.
-        top_k: see Sampling.
-        repetition_penalty: see Sampling.
-        seed: see Sampling.
-        streamer: gets token ids as they come.
-        should_stop: when set, the reply ends after the current token.
+        tools: JSON schemas of tools, for the template.
+        should_stop: when set, the reply ends after the current token, or before its first one
+            while another reply is made.
+        stats: is filled in.
+        on_text: gets the pieces of the reply as they become certain.
+        sampling: options of Sampling.
 
     Raises:
-        ValueError: an option out of its range, or the prompt fills the model's context.
+        TypeError: an option Sampling does not know.
+        ValueError: an option out of its range, a message that is not text, a template that refuses
+            the conversation, or a prompt that fills the model's context.
     """
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    options = Sampling(**sampling)
+    stats = stats if stats is not None else ReplyStats()
     template = ChatTemplate(tokenizer)
-    prompt = template.prompt_ids(messages)
+    prompt = template.prompt_ids(_plain_messages(messages), tools)
+    stats.prompt_tokens = len(prompt)
     base = unwrap_adapter(model)
-    config = _generation_config(base, template, prompt, sampling)
-    input_ids = torch.tensor([prompt], device=base.get_input_embeddings().weight.device)
+    max_new_tokens = min(options.max_new_tokens, _room(base, len(prompt)))
+    listener = _Listener(ReplyText(tokenizer, options.stop_words), should_stop, stats, on_text)
     with ExitStack() as stack:
-        stack.enter_context(preserved_rng())
+        try:
+            stack.enter_context(turns_of(base).taken(should_stop))
+        except GaveUpWaiting:
+            stats.finish_reason = "cancelled"
+            return ""
+        config = _generation_config(base, template, max_new_tokens, options.repetition_penalty)
+        listener.stop_ids = frozenset(config.eos_token_id)
         stack.enter_context(evaluating(model))
         stack.enter_context(_generating_with(base, config))
-        if seed is not None:
-            torch.manual_seed(seed)
+        input_ids = torch.tensor([prompt], device=base.get_input_embeddings().weight.device)
         # Not PeftModel.generate, which would put its own generation config back into the model;
         # the adapter's layers are inside the model itself.
-        output = base.generate(
+        base.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList(
-                [_StopWhenSet(should_stop)] if should_stop else []
-            ),
+            logits_processor=_processors(options, input_ids.device),
+            stopping_criteria=StoppingCriteriaList([listener]),
         )
-    return tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
+    return listener.finish()
 
 
 def stream_reply(
@@ -134,66 +114,92 @@ def stream_reply(
 ) -> Generator[str, None, None]:
     """Pieces of the reply of ``generate_reply`` as they are generated.
 
-    Closing the iterator (or leaving the loop over it) ends the generation after its current token.
+    Closing the iterator (or leaving the loop over it) ends the generation after its current token,
+    and a wait for the model at once.
 
     Args:
         model: see generate_reply.
         tokenizer: see generate_reply.
         messages: see generate_reply.
-        options: those of generate_reply.
+        options: those of generate_reply, except on_text and should_stop.
     """
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None: the end
     should_stop = threading.Event()
-    failures: queue.Queue[BaseException] = queue.Queue()
+    failures: list[BaseException] = []
 
     def work() -> None:
         try:
             generate_reply(
-                model, tokenizer, messages, streamer=streamer, should_stop=should_stop, **options
+                model, tokenizer, messages, should_stop=should_stop, on_text=pieces.put, **options
             )
         except BaseException as error:  # raised again in the reader's thread
-            failures.put(error)
-            streamer.on_finalized_text("", stream_end=True)
+            failures.append(error)
+        finally:
+            pieces.put(None)
 
     worker = threading.Thread(target=work, name="generate", daemon=True)
     worker.start()
     try:
-        yield from (piece for piece in streamer if piece)
+        while (piece := pieces.get()) is not None:
+            yield piece
     finally:
         should_stop.set()
         worker.join()
-    if not failures.empty():
-        raise failures.get()
+    if failures:
+        raise failures[0]
+
+
+def _plain_messages(messages: Sequence[Message]) -> list[Message]:
+    """The messages with text in the place of lists of text parts.
+
+    Raises:
+        ValueError: a part is something else. A template may print it as it stands, or drop it.
+    """
+    plain: list[Message] = []
+    for number, message in enumerate(messages, start=1):
+        content = message.get("content")
+        if isinstance(content, list):
+            for part in content:
+                if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+                    kind = part.get("type", "unknown") if isinstance(part, dict) else part
+                    raise ValueError(
+                        f"message {number} ({message['role']}) holds a part of type {kind!r}; this "
+                        "model reads text only: leave the part out, or describe it in words"
+                    )
+            message = {**message, "content": "".join(part["text"] for part in content)}
+        plain.append(message)
+    return plain
+
+
+def _room(base: nn.Module, num_prompt: int) -> float:
+    """Tokens the model can add to a prompt of that length.
+
+    Raises:
+        ValueError: none.
+    """
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return math.inf
+    if num_prompt >= limit:
+        raise ValueError(
+            f"the conversation has {num_prompt} tokens and the model sees {limit} at once; "
+            "shorten it or start anew"
+        )
+    return limit - num_prompt
 
 
 def _generation_config(
-    base: nn.Module, template: ChatTemplate, prompt: list[int], sampling: Sampling
+    base: nn.Module, template: ChatTemplate, max_new_tokens: int, repetition_penalty: float
 ) -> GenerationConfig:
-    tokenizer, own = template.tokenizer, getattr(base, "generation_config", None)
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    room = sampling.max_new_tokens if limit is None else limit - len(prompt)
-    if room < 1:
-        raise ValueError(
-            f"the conversation has {len(prompt)} tokens and the model sees {limit} at once; "
-            "shorten it or start anew"
-        )
-    stops = template.stop_token_ids(own)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
-    settings: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature > 0:
-        settings = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-        }
+    tokenizer = template.tokenizer
+    stops = template.stop_token_ids(getattr(base, "generation_config", None))
     return GenerationConfig(
-        max_new_tokens=min(sampling.max_new_tokens, room),
-        repetition_penalty=sampling.repetition_penalty,
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=repetition_penalty,
         eos_token_id=stops,
-        pad_token_id=pad,
+        pad_token_id=stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         use_cache=True,
-        **settings,
+        do_sample=False,  # see _Draw
     )
 
 
@@ -208,11 +214,78 @@ def _generating_with(base: nn.Module, config: GenerationConfig) -> Iterator[None
         base.generation_config = own
 
 
-class _StopWhenSet(StoppingCriteria):
-    """Ends a generation from another thread."""
+def _processors(sampling: Sampling, device: torch.device) -> LogitsProcessorList:
+    """What makes the likeliest token of the processed logits the one that ``sampling`` chooses."""
+    processors = LogitsProcessorList()
+    if sampling.temperature < _GREEDY:
+        return processors
+    processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k > 0:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(float(sampling.top_p)))
+    generator = torch.Generator(device=device)
+    generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+    processors.append(_Draw(generator))
+    return processors
 
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+class _Draw(LogitsProcessor):
+    """Draws the token from a random stream of the reply's own.
+
+    transformers draws from torch's global stream, which training and other threads use too.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probabilities = scores.softmax(-1)  # float32 [1, vocabulary]
+        token = torch.multinomial(probabilities, 1, generator=self.generator)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
+
+
+class _Listener(StoppingCriteria):
+    """Hears each token: makes text of it, counts it, and ends the reply where it should end."""
+
+    def __init__(
+        self,
+        text: ReplyText,
+        should_stop: threading.Event | None,
+        stats: ReplyStats,
+        on_text: Callable[[str], None] | None,
+    ) -> None:
+        self.stop_ids: frozenset[int] = frozenset()
+        self._text, self._should_stop, self._stats, self._on_text = (
+            text, should_stop, stats, on_text,
+        )  # fmt: skip
+        self._pieces: list[str] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        stats = self._stats
+        if stats.finish_reason is None:  # some devices run one step too far
+            token = int(input_ids[0, -1])
+            stats.completion_tokens += 1
+            if token in self.stop_ids:
+                stats.finish_reason = "stop"
+            else:
+                self._give(self._text.push(token))
+                if self._text.is_stopped:
+                    stats.finish_reason = "stop"
+                elif self._should_stop is not None and self._should_stop.is_set():
+                    stats.finish_reason = "cancelled"
+        has_ended = stats.finish_reason is not None
+        return torch.full((len(input_ids),), has_ended, device=input_ids.device)
+
+    def finish(self) -> str:
+        """Ends the text; returns all of it."""
+        self._give(self._text.finish())
+        if self._text.is_stopped or self._stats.finish_reason is None:
+            self._stats.finish_reason = "stop" if self._text.is_stopped else "length"
+        return "".join(self._pieces)
+
+    def _give(self, piece: str) -> None:
+        if piece:
+            self._pieces.append(piece)
+            if self._on_text is not None:
+                self._on_text(piece)
