@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,10 +13,11 @@ from torch import nn
 
 from xtuner_lite.engine.checkpoint import list_checkpoints
 from xtuner_lite.engine.precision import choose_dtype
-from xtuner_lite.models.generate import Sampling, stream_reply
+from xtuner_lite.models.generate import stream_reply
 from xtuner_lite.models.hub import Hub
 from xtuner_lite.models.loading import load_causal_lm, load_tokenizer, split_adapter_path
 from xtuner_lite.models.packed_forward import unwrap_adapter
+from xtuner_lite.models.sampling import ReplyStats, Sampling
 from xtuner_lite.structures import Message
 
 if TYPE_CHECKING:
@@ -46,14 +48,28 @@ class ChatSession:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.system = system
         self.sampling = sampling or Sampling()
-        self.messages: list[Message] = []
-        self.clear()
+        self.stats = ReplyStats()
+        """Of the newest reply."""
+        self.last_text: str | None = None
+        """What ``send`` was given last, answered or not."""
+        self.messages: list[Message] = [] if not system else [{"role": "system", "content": system}]
+
+    @property
+    def system(self) -> str | None:
+        """The system message; None leaves it to the template. Set it at any time."""
+        first = self.messages[0] if self.messages else {}
+        return first["content"] if first.get("role") == "system" else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        turns = self.messages[self.system is not None :]
+        self.messages = [*([{"role": "system", "content": text}] if text else []), *turns]
 
     def clear(self) -> None:
         """Forgets the conversation; the system message stays."""
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.messages = self.messages[: self.system is not None]
+        self.last_text = None
 
     def send(self, text: str) -> Generator[str, None, None]:
         """Pieces of the reply to ``text``.
@@ -62,11 +78,59 @@ class ChatSession:
         reading; a turn that fails, or is stopped before its first piece, leaves no trace.
         """
         user: Message = {"role": "user", "content": text}
+        self.last_text = text
+        yield from self._answer([*self.messages, user])
+
+    def retry(self) -> Generator[str, None, None]:
+        """Pieces of another reply to the last turn, in the place of the one it had.
+
+        A turn that failed or was stopped is asked again. The old reply stays if this one fails.
+
+        Raises:
+            ValueError: nothing was asked yet.
+        """
+        if self.last_text is None:
+            raise ValueError("there is nothing to answer again; ask something first")
+        turn = [{"role": "user", "content": self.last_text}]
+        is_answered = self.messages[-2:-1] == turn
+        yield from self._answer([*self.messages[: -2 if is_answered else None], *turn])
+
+    def reply(self, text: str) -> str:
+        """The whole reply to ``text``."""
+        return "".join(self.send(text))
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the conversation as a data file with one row, in the form of OpenAI's messages.
+
+        Raises:
+            FileExistsError: there is such a file; it is left as it is.
+            ValueError: nothing was said yet.
+        """
+        if len(self.messages) == (self.system is not None):
+            raise ValueError("there is nothing to save yet; ask something first")
+        path = Path(path).expanduser()
+        row = {"messages": self.messages}
+        is_lines = path.suffix in (".jsonl", ".ndjson")
+        text = json.dumps(
+            row if is_lines else [row], ensure_ascii=False, indent=not is_lines or None
+        )
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except FileExistsError as error:
+            raise FileExistsError(
+                f"{path} exists and is left as it is; give another name"
+            ) from error
+        return path
+
+    def _answer(self, asked: list[Message]) -> Generator[str, None, None]:
         pieces: list[str] = []
         failed = True
+        self.stats = ReplyStats()
+        stream = stream_reply(
+            self.model, self.tokenizer, asked, stats=self.stats, **asdict(self.sampling)
+        )
         try:
-            options = asdict(self.sampling)
-            stream = stream_reply(self.model, self.tokenizer, [*self.messages, user], **options)
             for piece in stream:
                 pieces.append(piece)
                 yield piece
@@ -77,11 +141,7 @@ class ChatSession:
             raise
         finally:
             if not failed:
-                self.messages += [user, {"role": "assistant", "content": "".join(pieces)}]
-
-    def reply(self, text: str) -> str:
-        """The whole reply to ``text``."""
-        return "".join(self.send(text))
+                self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
 
 
 def load_for_chat(

@@ -5,145 +5,221 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Generator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from xtuner_lite.cli._model_arguments import add_model_arguments, load_model
+from xtuner_lite.models.sampling import Sampling
 
 if TYPE_CHECKING:
+    from xtuner_lite.chat.batch import BatchRow
     from xtuner_lite.chat.session import ChatSession
 
 HELP = "talk to a model or an adapter in the terminal"
 
-_COMMANDS = "/clear forgets the conversation, /exit leaves, Ctrl-C stops a reply"
+
+class ChatError(ValueError):
+    """A prompt, an option or a file that cannot be used."""
+
+    exit_code = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``chat``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
-        "Talk to a model. Piped input is one turn per line; -p - takes all of it as one prompt."
+        "Talk to a model. Piped input is one turn per line; -p - takes all of it as one prompt.\n"
+        "In the dialogue, /help lists the commands."
+    )
+    parser.epilog = "system templates (--system-template):\n" + "\n".join(
+        f"  {name:<14}  {text}" for name, text in _system_prompts().items()
     )
     add_model_arguments(parser)
-    parser.add_argument("--system", metavar="TEXT", help="system message (default: the template's)")
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this once and leave")
-    parser.add_argument(
+    _add_talk_arguments(parser.add_argument_group("conversation"))
+    _add_sampling_arguments(parser.add_argument_group("replies"))
+
+
+def _add_talk_arguments(group: argparse._ArgumentGroup) -> None:
+    systems = group.add_mutually_exclusive_group()
+    systems.add_argument(
+        "--system", metavar="TEXT", help="system message (default: the template's)"
+    )
+    systems.add_argument("--system-template", metavar="NAME", help="a named one, see below")
+    inputs = group.add_mutually_exclusive_group()
+    inputs.add_argument("-p", "--prompt", metavar="TEXT", help="answer this once and leave")
+    inputs.add_argument(
+        "--batch",
+        metavar="FILE",
+        help="answer each prompt of a file: a .txt with one per line, or .json/.jsonl rows with "
+        "'prompt' or 'messages'",
+    )
+    group.add_argument(
+        "--out", metavar="FILE", help="for --batch: a new file for the JSON lines (default: stdout)"
+    )
+    group.add_argument("--bot-name", default="bot", metavar="NAME", help="default: bot")
+    group.add_argument(
+        "--no-streamer", action="store_true", help="show a reply only when it is complete"
+    )
+
+
+def _add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--max-new-tokens", type=int, default=512, metavar="N", help="longest reply (default: 512)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--temperature",
         type=float,
         default=0.0,
         metavar="T",
         help="0 takes the likeliest token (default); 0.7 varies",
     )
-    parser.add_argument(
+    group.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (default: 1)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--top-k", type=int, default=0, metavar="K", help="sample from K tokens (default: all)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="default: 1 (none)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampling")
+    group.add_argument("--seed", type=int, metavar="N", help="seed of the sampling")
+    group.add_argument(
+        "--stop-words",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TEXT",
+        help="a reply ends before the first of these",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``chat``; returns the exit code."""
+    from xtuner_lite.chat.terminal_output import use_utf8
+
+    use_utf8()
     try:
-        session = _open_session(args)
-        if args.prompt is not None:
-            text = sys.stdin.read() if args.prompt == "-" else args.prompt
-            return _answer_once(session, text)
-        return _converse(session) if sys.stdin.isatty() else _answer_lines(session)
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, ImportError) as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"error: {text}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:  # a download that failed, memory that is full
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
+        return _run(args)
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) or hasattr(error, "exit_code"):
+            raise
+        raise ChatError(str(error)) from error
 
 
-def _open_session(args: argparse.Namespace) -> ChatSession:
-    for stream in (sys.stdin, sys.stdout):
-        with contextlib.suppress(AttributeError):  # a test's replacement for the real stream
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    if sys.stderr.isatty():
-        print(f"loading {args.model} ...", file=sys.stderr)
-    # Imports torch and transformers: seconds, so only now.
-    from xtuner_lite.chat.session import ChatSession
-    from xtuner_lite.models.generate import Sampling
+def _run(args: argparse.Namespace) -> int:
+    from xtuner_lite.chat.terminal import TerminalChat
+    from xtuner_lite.chat.terminal_output import print_reply
 
-    sampling = Sampling(
+    sampling, system = _sampling(args), _system(args)
+    prompt = _prompt(args)
+    if args.batch is not None:
+        return _run_batch(args, sampling, system)
+    session = _open_session(args, sampling, system)
+    streamed = not args.no_streamer
+    if prompt is not None:
+        print_reply(session.send(prompt), streamed=streamed)
+        return 0
+    talk = TerminalChat(session, bot_name=args.bot_name, streamed=streamed)
+    talk.converse() if sys.stdin.isatty() else talk.answer_lines()
+    return 0
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    from xtuner_lite.chat.terminal_output import well_formed
+
+    return Sampling(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
+        stop_words=tuple(map(well_formed, args.stop_words)),
     )
-    model, tokenizer = load_model(args)
-    return ChatSession(model, tokenizer, system=args.system, sampling=sampling)
 
 
-def _answer_once(session: ChatSession, text: str) -> int:
-    _print_pieces(session.send(text))
-    return 0
+def _system_prompts() -> dict[str, str]:
+    """Name -> description of the registered system prompts; read, not imported."""
+    from xtuner_lite.discovery import index_package
+
+    return {
+        entry.name: entry.description
+        for variable, entry in index_package("xtuner_lite.templates.system_prompts")
+        if variable == "SYSTEM_PROMPTS"
+    }
 
 
-def _answer_lines(session: ChatSession) -> int:
-    """Each line of piped input is one turn of the same conversation."""
-    for line in sys.stdin:
-        text = line.strip()
-        if text == "/exit":
-            break
-        if text == "/clear":
-            session.clear()
-        elif text:
-            _print_pieces(session.send(text))
-    return 0
+def _system(args: argparse.Namespace) -> str | None:
+    from xtuner_lite.chat.terminal_output import well_formed
+
+    if args.system_template is None:
+        return None if args.system is None else well_formed(args.system)
+    if args.system_template not in _system_prompts():
+        from xtuner_lite.suggestions import did_you_mean
+
+        hint = did_you_mean(args.system_template, _system_prompts()) or ";"
+        raise ChatError(
+            f"unknown system template {args.system_template!r}{hint} known: "
+            f"{', '.join(_system_prompts())}"
+        )
+    from xtuner_lite.templates.system_prompts import system_prompt
+
+    return system_prompt(args.system_template)
 
 
-def _converse(session: ChatSession) -> int:
-    with contextlib.suppress(ImportError):  # line editing and history of input(), where it exists
-        import readline  # noqa: F401
-    print(_COMMANDS)
-    while True:
-        try:
-            text = input("\nyou> ").strip()
-        except KeyboardInterrupt:
-            print("\n/exit leaves")
-            continue
-        except EOFError:
-            print()
-            return 0
-        if text == "/exit":
-            return 0
-        if text == "/clear":
-            session.clear()
-            print("forgotten")
-        elif text.startswith("/"):
-            print(f"unknown command {text.split()[0]}; {_COMMANDS}")
-        elif text:
-            _reply_in_dialogue(session, text)
+def _prompt(args: argparse.Namespace) -> str | None:
+    """The one prompt of -p; None where there is none."""
+    from xtuner_lite.chat.terminal_output import tell_unreadable, well_formed
+
+    if args.out is not None and args.batch is None:
+        raise ChatError("--out is for --batch; send stdout to a file: ... > answers.txt")
+    if sys.stdin is None and args.prompt in (None, "-") and args.batch is None:
+        raise ChatError("there is no input; give a prompt with -p TEXT")
+    if args.prompt is None:
+        return None
+    text = sys.stdin.read() if args.prompt == "-" else well_formed(args.prompt)
+    tell_unreadable(text)
+    if not text.strip():
+        raise ChatError("the prompt is empty; give a text: -p 'Who are you?'")
+    return text
 
 
-def _reply_in_dialogue(session: ChatSession, text: str) -> None:
-    print("bot> ", end="", flush=True)
-    try:
-        _print_pieces(session.send(text))
-    except KeyboardInterrupt:
-        print(" [stopped]")
-    except ValueError as error:  # a prompt longer than the model's context, a template that refuses
-        print(f"\nerror: {error}")
+def _open_session(args: argparse.Namespace, sampling: Sampling, system: str | None) -> ChatSession:
+    from xtuner_lite.chat.terminal_output import Waiting
+
+    with Waiting(f"loading {args.model}"):
+        model, tokenizer = load_model(args)
+    from xtuner_lite.chat.session import ChatSession
+
+    return ChatSession(model, tokenizer, system=system, sampling=sampling)
 
 
-def _print_pieces(pieces: Generator[str, None, None]) -> None:
-    with contextlib.closing(pieces):  # Ctrl-C while printing ends the generation too
-        for piece in pieces:
-            print(piece, end="", flush=True)
-    print()
+def _run_batch(args: argparse.Namespace, sampling: Sampling, system: str | None) -> int:
+    from xtuner_lite.chat.batch import read_batch
+
+    rows = read_batch(Path(args.batch).expanduser())
+    if args.out is not None and Path(args.out).expanduser().exists():
+        raise ChatError(f"{args.out} exists and is left as it is; give another --out")
+    session = _open_session(args, sampling, system)
+    with contextlib.ExitStack() as stack:
+        out: TextIO = sys.stdout
+        if args.out is not None:
+            out = stack.enter_context(Path(args.out).expanduser().open("x", encoding="utf-8"))
+        num_failed = _write_answers(session, rows, out)
+    if num_failed:
+        print(f"{num_failed} of {len(rows)} prompts have an error", file=sys.stderr)
+    return 1 if num_failed else 0
+
+
+def _write_answers(session: ChatSession, rows: list[BatchRow], out: TextIO) -> int:
+    """Writes each answer as it comes; returns how many prompts had none."""
+    from xtuner_lite.chat.batch import answer_batch, json_line
+    from xtuner_lite.chat.terminal_output import Waiting
+
+    num_failed = 0
+    with Waiting(f"answering 1 of {len(rows)}") as waiting:
+        for number, answer in enumerate(answer_batch(session, rows), start=1):
+            num_failed += "error" in answer
+            print(json_line(answer), file=out, flush=True)
+            waiting.update(f"answering {number + 1} of {len(rows)}")
+    return num_failed
