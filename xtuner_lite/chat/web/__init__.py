@@ -1,0 +1,1 @@
+"""A web page to talk to a model. Needs the ``web`` extra (gradio)."""

@@ -1,0 +1,312 @@
+"""The page: what stands where, and what each button does.
+
+Imports gradio, whose annotations tell it what to pass; only `web-demo` imports this module.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+
+from xtuner_lite.chat.web.answerer import Answerer
+from xtuner_lite.chat.web.asking import ask
+from xtuner_lite.chat.web.conversation import Conversation, Side
+from xtuner_lite.chat.web.words import WORDS, language_of
+from xtuner_lite.models.sampling import Sampling
+
+#: What a handler gives gradio: component -> its new value, for every step.
+Steps = Generator[dict[Any, Any], None, None]
+#: Longest message in characters: about 5000 tokens of English, more than most prompts need.
+MAX_CHARACTERS = 20_000
+#: Visitors whose answers are made or waited for at once; the rest wait in gradio's own queue. Each
+#: takes one of gradio's 40 threads.
+_MAX_WAITING = 32
+
+_CSS = """
+.gradio-container {max-width: 1100px !important; width: 100% !important; margin: 0 auto !important}
+.gradio-container > main {width: 100%}
+#notice {color: var(--error-text-color, #b91c1c); min-height: 0}
+#notice p {margin: 0; padding: .25rem .5rem; overflow-wrap: anywhere}
+footer {display: none !important}
+@media (max-width: 640px) {#chat, #base-chat {height: 42vh !important}}
+"""
+
+
+@dataclass(frozen=True)
+class PageOptions:
+    """What the page starts with.
+
+    Args:
+        bot_name: its title.
+        subtitle: a line below, such as the model's name; '' for none.
+        system: the system message in the settings.
+        sampling: the other settings.
+        compare: start with the base model beside the fine-tuned one.
+        language: 'en', 'zh', or 'auto' for the language of each visitor's browser.
+        max_characters: longest message.
+    """
+
+    bot_name: str = "xtuner_lite"
+    subtitle: str = ""
+    system: str = ""
+    sampling: Sampling = field(default_factory=Sampling)
+    compare: bool = False
+    language: str = "auto"
+    max_characters: int = MAX_CHARACTERS
+
+
+class ChatPage:
+    """The components of a page and the functions behind its buttons.
+
+    ``blocks`` is the gradio page; it must be served with ``i18n()`` and ``style()``.
+
+    Args:
+        answerer: makes the answers.
+        options: what the page starts with.
+
+    Raises:
+        ValueError: ``compare`` with a model that has no base to compare with.
+    """
+
+    def __init__(self, answerer: Answerer, options: PageOptions | None = None) -> None:
+        self.answerer, self.options = answerer, options or PageOptions()
+        if self.options.compare and not answerer.has_base:
+            why = answerer.no_base_because or "the model has no adapter to switch off"
+            raise ValueError(f"the base model cannot be asked beside it: {why}; leave compare out")
+        self._catalogue = gr.I18n(**{**WORDS, "zh-CN": WORDS["zh"], "zh-TW": WORDS["zh"]})
+        with gr.Blocks(title=self.options.bot_name, analytics_enabled=False) as self.blocks:
+            self._place_conversation()
+            self._place_settings()
+            self._connect()
+        self.blocks.queue(max_size=200, default_concurrency_limit=_MAX_WAITING)
+
+    def i18n(self) -> gr.I18n:
+        """The words of the page, for the browser to choose from."""
+        return self._catalogue
+
+    def style(self) -> dict[str, Any]:
+        """Theme and CSS; fonts are the visitor's own, so nothing is fetched."""
+        sans = ["system-ui", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC"]
+        mono = ["ui-monospace", "Consolas", "monospace"]
+        theme = gr.themes.Default(font=[*sans, "sans-serif"], font_mono=mono)
+        return {"theme": theme, "css": _CSS}
+
+    def _word(self, key: str) -> Any:
+        """A word in the chosen language, or the key that the browser translates."""
+        if self.options.language == "auto":
+            return self._catalogue(key)
+        return WORDS[self.options.language][key]
+
+    def _language(self, request: gr.Request) -> str:
+        if self.options.language != "auto":
+            return self.options.language
+        return language_of(request.headers.get("accept-language"))
+
+    def _place_conversation(self) -> None:
+        options = self.options
+        self.conversation = gr.State(Conversation())
+        subtitle = f"\n{options.subtitle}" if options.subtitle else ""
+        gr.Markdown(f"# {html.escape(options.bot_name)}{html.escape(subtitle)}")
+        self.compare = gr.Checkbox(
+            options.compare, label=self._word("compare"), info=self._word("compare_info"),
+            visible=self.answerer.has_base, elem_id="compare",
+        )  # fmt: skip
+        with gr.Row():
+            with gr.Column(min_width=300):
+                label = self._word("adapted") if self.answerer.has_adapter else options.bot_name
+                self.chat = self._column(label, "chat")
+            with gr.Column(min_width=300, visible=options.compare) as self.base_column:
+                self.base_chat = self._column(self._word("base"), "base-chat")
+        self.notice = gr.HTML("", elem_id="notice", visible=False)
+        with gr.Row(equal_height=True):
+            self.box = gr.Textbox(
+                placeholder=self._word("ask"), show_label=False, container=False, lines=1,
+                max_lines=8, scale=8, min_width=180, autofocus=True, elem_id="question",
+            )  # fmt: skip
+            self.send = gr.Button(
+                self._word("send"), variant="primary", scale=1, min_width=90, elem_id="send"
+            )
+            self.stop = gr.Button(
+                self._word("stop"), variant="stop", scale=1, min_width=90, elem_id="stop",
+                visible=False,
+            )  # fmt: skip
+        with gr.Row():
+            self.retry = gr.Button(self._word("retry"), size="sm", min_width=90, elem_id="retry")
+            self.clear = gr.Button(self._word("clear"), size="sm", min_width=90, elem_id="clear")
+
+    def _column(self, label: Any, name: str) -> gr.Chatbot:
+        # gradio sanitises the HTML in messages: scripts and handlers are taken out, tags it does
+        # not know (<think>) are shown as text.
+        return gr.Chatbot(
+            label=label, height="55vh", min_height=240, elem_id=name, buttons=["copy"],
+            feedback_options=None, sanitize_html=True, allow_tags=True, layout="bubble",
+        )  # fmt: skip
+
+    def _place_settings(self) -> None:
+        word, start = self._word, self.options.sampling
+        longest = max(4096, start.max_new_tokens)
+        with gr.Accordion(word("settings"), open=False, elem_id="settings"):
+            system = gr.Textbox(
+                self.options.system, label=word("system"), info=word("system_info"), lines=2,
+                max_lines=6, elem_id="system",
+            )  # fmt: skip
+            with gr.Row():
+                temperature = gr.Slider(
+                    0, 2, start.temperature, step=0.05, label=word("temperature"),
+                    info=word("temperature_info"),
+                )  # fmt: skip
+                top_p = gr.Slider(
+                    0.01, 1, start.top_p, step=0.01, label=word("top_p"), info=word("top_p_info")
+                )
+                top_k = gr.Slider(
+                    0, 200, start.top_k, step=1, label=word("top_k"), info=word("top_k_info")
+                )
+            with gr.Row():
+                penalty = gr.Slider(
+                    1, 2, start.repetition_penalty, step=0.01, label=word("repetition_penalty"),
+                    info=word("repetition_penalty_info"),
+                )  # fmt: skip
+                tokens = gr.Slider(
+                    1, longest, start.max_new_tokens, step=1, label=word("max_new_tokens")
+                )
+                # No Number: an empty one shows 0, and 0 is a seed.
+                seed = gr.Textbox(
+                    "" if start.seed is None else str(start.seed), label=word("seed"),
+                    info=word("seed_info"), max_lines=1, elem_id="seed",
+                )  # fmt: skip
+        self.settings = [system, temperature, top_p, top_k, penalty, tokens, seed]
+
+    def _connect(self) -> None:
+        shown = [
+            self.box, self.chat, self.base_chat, self.notice, self.send, self.stop, self.retry,
+            self.clear,
+        ]  # fmt: skip
+        given = [self.conversation, self.compare, *self.settings]
+        common = {
+            "outputs": shown, "show_progress": "hidden", "trigger_mode": "once",
+            "concurrency_id": "answer", "concurrency_limit": _MAX_WAITING,
+        }  # fmt: skip
+        gr.on(
+            [self.box.submit, self.send.click], self.on_ask, [self.box, *given], api_name="ask",
+            **common,
+        )  # fmt: skip
+        self.retry.click(self.on_retry, given, api_name="retry", **common)
+        self.stop.click(self.on_stop, self.conversation, None, queue=False, api_name="stop")
+        # The columns' own bins empty what is shown; what is remembered must go with it.
+        gr.on(
+            [self.clear.click, self.chat.clear, self.base_chat.clear], self.on_clear,
+            self.conversation, shown, queue=False, show_progress="hidden",
+            api_name="clear",
+        )  # fmt: skip
+        self.compare.change(
+            lambda wanted: gr.update(visible=wanted), self.compare, self.base_column, queue=False,
+            show_progress="hidden", api_name=False,
+        )  # fmt: skip
+
+    def on_ask(
+        self,
+        request: gr.Request,
+        text: str,
+        conversation: Conversation,
+        compare: bool,
+        *settings: Any,
+    ) -> Steps:
+        """Sends the text of the input."""
+        if text.strip():
+            yield from self._answer(request, text, conversation, compare, settings)
+
+    def on_retry(
+        self, request: gr.Request, conversation: Conversation, compare: bool, *settings: Any
+    ) -> Steps:
+        """Asks the last question again."""
+        if not conversation.turns:
+            yield self._said(WORDS[self._language(request)]["nothing_to_retry"])
+            return
+        text = conversation.turns[-1].question
+        yield from self._answer(request, text, conversation, compare, settings, is_retry=True)
+
+    async def on_stop(self, conversation: Conversation) -> None:
+        """Ends the answer that is being made; the piece of it that is there stays."""
+        conversation.should_stop.set()
+
+    async def on_clear(self, request: gr.Request, conversation: Conversation) -> dict[Any, Any]:
+        """Forgets the conversation."""
+        if conversation.is_answering:
+            return self._said(WORDS[self._language(request)]["busy"])
+        conversation.turns = []
+        return {**self._said(""), self.chat: [], self.base_chat: []}
+
+    def _answer(
+        self,
+        request: gr.Request,
+        text: str,
+        conversation: Conversation,
+        compare: bool,
+        settings: Sequence[Any],
+        *,
+        is_retry: bool = False,
+    ) -> Steps:
+        language = self._language(request)
+        words, limit = WORDS[language], self.options.max_characters
+        system, *numbers = settings
+        for given in (text, system):
+            if len(given) > limit:
+                yield self._said(words["too_long"].format(length=len(given), limit=limit))
+                return
+        if conversation.is_answering:
+            yield self._said(words["busy"])
+            return
+        try:
+            sampling = _sampling(*numbers)
+        except (TypeError, ValueError) as error:
+            yield self._said(words["bad_settings"].format(error=error))
+            return
+        sides: tuple[Side, ...] = ("model", "base") if compare else ("model",)
+        steps = ask(
+            self.answerer, conversation, text, sampling, sides=sides, system=system,
+            language=language, is_retry=is_retry,
+        )  # fmt: skip
+        yield self._buttons(answering=True) | ({} if is_retry else {self.box: ""})
+        for step in steps:
+            shown = self._said(step.notice) | self._columns(conversation)
+            if step.question is not None:
+                shown[self.box] = step.question
+            yield shown
+        yield self._buttons(answering=False)
+
+    def _columns(self, conversation: Conversation) -> dict[Any, Any]:
+        return {self.chat: conversation.shown("model"), self.base_chat: conversation.shown("base")}
+
+    def _buttons(self, *, answering: bool) -> dict[Any, Any]:
+        return {
+            self.send: gr.update(visible=not answering),
+            self.stop: gr.update(visible=answering),
+            self.retry: gr.update(interactive=not answering),
+            self.clear: gr.update(interactive=not answering),
+        }
+
+    def _said(self, notice: str) -> dict[Any, Any]:
+        text = f"<p role='alert'>{html.escape(notice)}</p>" if notice else ""
+        return {self.notice: gr.update(value=text, visible=bool(notice))}
+
+
+def _sampling(
+    temperature: float,
+    top_p: float,
+    top_k: float,
+    repetition_penalty: float,
+    max_new_tokens: float,
+    seed: str,
+) -> Sampling:
+    return Sampling(
+        max_new_tokens=int(max_new_tokens),
+        temperature=float(temperature),
+        top_p=float(top_p),
+        top_k=int(top_k),
+        repetition_penalty=float(repetition_penalty),
+        seed=int(seed) if seed.strip() else None,
+    )

@@ -1,0 +1,146 @@
+"""Serves the page: where it listens, who may come in, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hmac
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from xtuner_lite.chat.web.words import WORDS
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from xtuner_lite.chat.web.page import ChatPage
+
+FIRST_PORT = 7860
+_NUM_PORTS = 100
+#: Seconds a wrong password costs, against guessing.
+_WRONG_PASSWORD_S = 1.0
+
+
+class WebPageError(ValueError):
+    """The page cannot be served as it was asked for."""
+
+    exit_code = 2
+
+
+def check_access(host: str, password: str | None, *, is_open: bool = False) -> None:
+    """Raises WebPageError unless it is safe to listen on ``host``.
+
+    Args:
+        host: a name or address of this machine.
+        password: what visitors must give; None for nothing.
+        is_open: the user knows that everyone who reaches ``host`` may come in.
+    """
+    if password == "":
+        raise WebPageError("the password is empty; give one of at least 1 character")
+    if password is not None and is_open:
+        raise WebPageError("a password and --no-password were given; leave one of them out")
+    if password is None and not is_open and not is_loopback(host):
+        raise WebPageError(
+            f"--host {host} lets other machines in, and there is no password; give --password "
+            "WORD, or leave --host out to be reached from this machine only (--no-password where "
+            "something else guards the page, such as a Space)"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int | None) -> socket.socket:
+    """A socket that listens on ``port``, or on the first free one from 7860 when it is None.
+
+    Raises:
+        WebPageError: the port is taken or may not be used, or the host is not this machine's.
+    """
+    if port is not None and not 0 < port < 65536:
+        raise WebPageError(f"--port is {port}; allowed: 1 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    ports = range(FIRST_PORT, FIRST_PORT + _NUM_PORTS) if port is None else [port]
+    for number in ports:
+        try:
+            return socket.create_server((host.strip("[]"), number), family=family, backlog=128)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                continue
+            if error.errno == errno.EACCES:
+                raise WebPageError(
+                    f"port {number} may not be used by this user; give --port 1024 or above"
+                ) from error
+            raise WebPageError(
+                f"cannot listen on --host {host} ({error.strerror or error}); give an address of "
+                "this machine, or leave it out"
+            ) from error
+    if port is None:
+        last = FIRST_PORT + _NUM_PORTS - 1
+        raise WebPageError(f"ports {FIRST_PORT} to {last} are all taken; give a free one: --port N")
+    raise WebPageError(
+        f"port {port} is taken by another program; give another one with --port, or leave --port "
+        f"out for the first free one from {FIRST_PORT}"
+    )
+
+
+def build_app(page: ChatPage, *, password: str | None = None) -> FastAPI:
+    """The web application: the page behind its guard, with nothing else on it.
+
+    Args:
+        page: what is shown.
+        password: what visitors must give, under any name; None lets everyone in.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio as gr
+    from fastapi import FastAPI
+
+    from xtuner_lite.chat.web.guard import Guard
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    language = "en" if page.options.language == "auto" else page.options.language
+    gr.mount_gradio_app(
+        app,
+        page.blocks,
+        path="/",
+        auth=None if password is None else _password_check(password),
+        auth_message=WORDS[language]["password"],
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        show_error=True,
+        i18n=page.i18n(),
+        **page.style(),
+    )
+    app.add_middleware(Guard)
+    return app
+
+
+def serve(app: FastAPI, listening: socket.socket) -> None:
+    """Serves until Ctrl-C or a termination signal; open pages are cut off after two seconds."""
+    import uvicorn
+
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _password_check(password: str) -> Callable[[str, str], Awaitable[bool]]:
+    async def is_right(name: str, given: str) -> bool:
+        right = hmac.compare_digest(given.encode(), password.encode())
+        if not right:
+            await asyncio.sleep(_WRONG_PASSWORD_S)
+        return right
+
+    return is_right
