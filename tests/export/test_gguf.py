@@ -9,12 +9,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from tests.export.conftest import save_base
+from tests.internlm2_folder import write_internlm2_folder
 from tests.tiny import tiny_tokenizer
 from xtuner_lite.export import gguf_model
 from xtuner_lite.export.gguf_file import export_gguf
 from xtuner_lite.export.gguf_model import llama3_factors, rope_settings
 from xtuner_lite.export.gguf_tokenizer import _QWEN2, add_tokenizer, pre_tokenizer_name
 from xtuner_lite.export.publish import ExportError
+from xtuner_lite.models.internlm2_files import convert_internlm2
 
 gguf = pytest.importorskip("gguf")
 
@@ -70,6 +72,17 @@ def test_qwen(kind, tmp_path):
     receipt = export_gguf(tmp_path / "model", tmp_path / "named.gguf", outtype="f32")
     assert receipt.verification["max_logit_difference"] < 1e-3
     assert (tmp_path / "named/named.gguf").is_file()
+
+
+def test_internlm2_in_the_form_of_llama(tmp_path):
+    write_internlm2_folder(tmp_path / "published")
+    convert_internlm2(tmp_path / "published", tmp_path / "llama")
+    receipt = export_gguf(tmp_path / "llama", tmp_path / "out", outtype="f32")
+    assert receipt.verification["max_logit_difference"] < 1e-3
+    assert "acts beyond 64 tokens only" in receipt.notes[0]
+    fields = fields_of(tmp_path / "out/llama-F32.gguf")
+    assert fields["llama.context_length"] == 64
+    assert "llama.rope.scaling.type" not in fields
 
 
 def test_a_wrong_file_is_not_published(wide, tmp_path, monkeypatch):

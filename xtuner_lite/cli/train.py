@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import io
 import os
 import sys
@@ -108,6 +109,8 @@ def _train(args: argparse.Namespace) -> int:
         return dry_run(cfg)
     from xtuner_lite.runner.runner import Runner
 
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=2)  # a crash in native code still shows where it was
     Runner.from_cfg(cfg).train()
     return 0
 

@@ -16,6 +16,7 @@ from xtuner_lite.export.gguf_model import (
     add_settings,
     architecture_of,
     gguf_tensors,
+    limits_of,
     quantised,
     rounded,
 )
@@ -86,6 +87,7 @@ def export_gguf(
         raise ExportError(f"{source} holds no tokenizer; llama.cpp needs it inside the file")
     out, name = _names(Path(out), source, outtype)
     receipt = Receipt("gguf", {"model": describe_folder(model, source)}, {"outtype": outtype})
+    receipt.notes += limits_of(config)
     with publishing(
         out, overwrite=overwrite, sources=(source,), num_bytes=files.num_bytes // 4
     ) as folder:

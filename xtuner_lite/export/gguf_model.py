@@ -81,10 +81,22 @@ def add_settings(writer: Any, config: dict[str, Any], name: str, outtype: str) -
         writer.add_rope_scaling_factor(rope["factor"])
         if kind == "yarn":
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    elif kind not in ("default", "llama3"):
+    elif kind not in ("default", "dynamic", "llama3"):
         raise ExportError(
-            f"rotary scaling {kind!r} is not written to GGUF; known: default, linear, yarn, llama3"
+            f"rotary scaling {kind!r} is not written to GGUF; known: default, dynamic (up to the "
+            "trained length), linear, yarn, llama3"
         )
+
+
+def limits_of(config: dict[str, Any]) -> list[str]:
+    """What the file cannot do and the model can, as sentences."""
+    if rope_settings(config)["type"] != "dynamic":
+        return []
+    length = config["max_position_embeddings"]
+    return [
+        f"the model's rotary scaling 'dynamic' acts beyond {length} tokens only; llama.cpp has "
+        f"none like it, so the file ends at {length} tokens, and is equal up to there"
+    ]
 
 
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
