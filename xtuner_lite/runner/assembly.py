@@ -62,7 +62,8 @@ class Assembly(HookContract):
         set_randomness(self.seed, self._randomness.get("deterministic", False))
         environment = describe_environment(self)
         self.logger.info(environment)
-        self.ranks.on_main(lambda: self._describe_start(environment))
+        if self.log_dir.is_dir():  # a look at the data writes nothing
+            self.ranks.on_main(lambda: self._describe_start(environment))
 
     def _describe_start(self, environment: str) -> None:
         """What this attempt runs on and by which config, beside its log."""
