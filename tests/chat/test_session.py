@@ -1,13 +1,16 @@
 """A conversation keeps what was said, and only that."""
 
 import pytest
+import torch
 from peft import LoraConfig
 
 from tests.tiny import tiny_llama, tiny_speaker, tiny_tokenizer
 from xtuner_lite.chat.session import ChatSession, load_for_chat
+from xtuner_lite.data.messages import check_messages
+from xtuner_lite.data.readers import READERS
 from xtuner_lite.methods.sft import SupervisedFinetune
-from xtuner_lite.models.generate import Sampling
 from xtuner_lite.models.loading import load_causal_lm
+from xtuner_lite.models.sampling import Sampling
 
 TOKENIZER = tiny_tokenizer()
 
@@ -41,6 +44,60 @@ def test_a_failed_turn_leaves_no_trace():
     assert chat.messages == []
 
 
+def test_the_system_message_can_change_at_any_time():
+    chat = session()
+    assert chat.system is None
+    chat.reply("Hello")
+    chat.system = "Be brief."
+    assert [m["role"] for m in chat.messages] == ["system", "user", "assistant"]
+    chat.system = "Be long."
+    assert chat.messages[0]["content"] == chat.system == "Be long."
+    chat.clear()
+    assert chat.messages == [{"role": "system", "content": "Be long."}]
+    chat.system = None
+    assert chat.messages == []
+
+
+def test_retry_answers_the_last_message_anew(monkeypatch):
+    chat = session()
+    with pytest.raises(ValueError, match="nothing to answer again; ask something first"):
+        list(chat.retry())
+    chat.reply("One")
+    chat.reply("Two")
+    chat.messages[-1] = {"role": "assistant", "content": "old"}
+    assert "".join(chat.retry()) == "Hi!"
+    assert [m["content"] for m in chat.messages] == ["One", "Hi!", "Two", "Hi!"]
+    assert chat.stats.finish_reason == "stop"
+
+    def fails(*args, **options):
+        raise ValueError("no")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr("xtuner_lite.chat.session.stream_reply", fails)
+        for ask in (chat.retry, lambda: chat.send("Three")):
+            with pytest.raises(ValueError, match="no"):
+                list(ask())
+            assert [m["content"] for m in chat.messages] == ["One", "Hi!", "Two", "Hi!"]
+    assert "".join(chat.retry()) == "Hi!"  # of the turn that failed
+    assert [m["content"] for m in chat.messages[-2:]] == ["Three", "Hi!"]
+
+
+@pytest.mark.parametrize("name", ["talk.json", "talk.jsonl"])
+def test_a_saved_conversation_is_a_data_file(tmp_path, name):
+    chat = session(system="Sei kurz. 简短。")
+    with pytest.raises(ValueError, match="nothing to save yet"):
+        chat.save(tmp_path / name)
+    chat.reply("Hello")
+    chat.save(tmp_path / name)
+    ((_, row, error),) = READERS[f".{name.rpartition('.')[2]}"](tmp_path / name)
+    assert error is None
+    assert check_messages(row["messages"]) == chat.messages
+    assert "简短" in (tmp_path / name).read_text(encoding="utf-8")
+    with pytest.raises(FileExistsError, match="is left as it is; give another name"):
+        chat.save(tmp_path / name)
+
+
 @pytest.fixture
 def folders(tmp_path):
     """A base model, and an adapter of it with its own tokenizer in a run's work_dir."""
@@ -72,6 +129,18 @@ def test_model_adapter_checkpoint_and_work_dir(folders, model, adapter, adapted)
     assert not loaded.training
     chat = ChatSession(loaded, tokenizer, sampling=Sampling(max_new_tokens=8))
     assert chat.reply("Hello") == "Hi!"
+
+
+def test_types_and_places(folders):
+    model, _ = load_for_chat(folders / "base", dtype="bf16", device="cpu")
+    assert model.dtype == torch.bfloat16
+    model, tokenizer = load_for_chat(folders / "base", offload_folder=folders / "rest")
+    chat = ChatSession(model, tokenizer, sampling=Sampling(max_new_tokens=8))
+    assert chat.reply("Hello") == "Hi!"
+    with pytest.raises(ValueError, match=r"device 'cuda:99' cannot be used; this machine has: cpu"):
+        load_for_chat(folders / "base", device="cuda:99")
+    with pytest.raises(ValueError, match="offloading chooses devices itself: leave one of them"):
+        load_for_chat(folders / "base", device="cpu", offload_folder="x")
 
 
 def test_wrong_folders_are_named(folders):
