@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from xtuner_lite.chat.web.words import WORDS
 
 if TYPE_CHECKING:
+    import uvicorn
     from fastapi import FastAPI
 
     from xtuner_lite.chat.web.page import ChatPage
@@ -128,12 +129,29 @@ def build_app(page: ChatPage, *, password: str | None = None) -> FastAPI:
     return app
 
 
-def serve(app: FastAPI, listening: socket.socket) -> None:
-    """Serves until Ctrl-C or a termination signal; open pages are cut off after two seconds."""
+def build_server(app: FastAPI) -> uvicorn.Server:
+    """A server of ``app`` that ends at once when told to, also with pages open."""
     import uvicorn
 
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
-    uvicorn.Server(config).run(sockets=[listening])
+    class PageServer(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            for route in app.routes:  # the page's own streams last as long as it is open
+                if stopped := getattr(getattr(route, "app", None), "stop_event", None):
+                    stopped.set()
+            log = logging.getLogger("uvicorn.error")
+            level = log.level
+            log.setLevel(logging.CRITICAL)  # answers that are cut off now are no errors
+            try:
+                await super().shutdown(sockets)
+            finally:
+                log.setLevel(level)
+
+    return PageServer(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+
+
+def serve(app: FastAPI, listening: socket.socket) -> None:
+    """Serves until Ctrl-C or a termination signal."""
+    build_server(app).run(sockets=[listening])
 
 
 def _password_check(password: str) -> Callable[[str, str], Awaitable[bool]]:
