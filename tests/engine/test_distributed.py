@@ -1,6 +1,9 @@
 """What ranks tell each other, and how a process learns its rank."""
 
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -98,3 +101,31 @@ def test_ranks_draw_from_different_seeds():
     seeds = [seed_of_rank(5, rank) for rank in range(64)]
     assert seeds[0] == 5
     assert len(set(seeds)) == 64
+
+
+MEET = """
+from xtuner_lite.engine.distributed import init_distributed
+init_distributed("pytorch", timeout_s=1)
+"""
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_first_process_that_does_not_answer(listens):
+    with socket.socket() as first:
+        first.bind(("127.0.0.1", 0))
+        port = first.getsockname()[1]
+        if listens:  # the machine takes the connection, and nobody reads it: a stopped process
+            first.listen()
+        else:
+            first.close()
+        variables = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1")
+        environment = {**os.environ, **variables, "MASTER_PORT": str(port)}
+        done = subprocess.run(
+            [sys.executable, "-c", MEET],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert f"did not come together at 127.0.0.1:{port} within 1 s" in done.stderr
