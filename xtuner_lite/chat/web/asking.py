@@ -73,10 +73,11 @@ def ask(
             )
             if notice or conversation.should_stop.is_set():
                 break
-    except Exception as error:  # told in the page, which lives on
-        if not isinstance(error, ValueError):
-            logger.exception("an answer failed")
-        notice = WORDS[language]["failed"].format(error=str(error) or type(error).__name__)
+    except ValueError as error:  # the conversation's fault; told in the page, which lives on
+        notice = WORDS[language]["failed"].format(error=error)
+    except Exception as error:  # ours: the console gets the traceback, visitors no paths of files
+        logger.exception("an answer failed")
+        notice = WORDS[language]["broken"].format(error=type(error).__name__)
     finally:
         turn.answers = {side: text for side, text in turn.answers.items() if text}
         if not turn.answers:

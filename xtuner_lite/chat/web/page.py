@@ -15,6 +15,8 @@ import gradio as gr
 from xtuner_lite.chat.web.answerer import Answerer
 from xtuner_lite.chat.web.asking import ask
 from xtuner_lite.chat.web.conversation import Conversation, Side
+from xtuner_lite.chat.web.server import WebPageError
+from xtuner_lite.chat.web.settings import place_settings, sampling_of
 from xtuner_lite.chat.web.words import WORDS, language_of
 from xtuner_lite.models.sampling import Sampling
 
@@ -69,18 +71,20 @@ class ChatPage:
         options: what the page starts with.
 
     Raises:
-        ValueError: ``compare`` with a model that has no base to compare with.
+        WebPageError: ``compare`` with a model that has no base to compare with.
     """
 
     def __init__(self, answerer: Answerer, options: PageOptions | None = None) -> None:
         self.answerer, self.options = answerer, options or PageOptions()
         if self.options.compare and not answerer.has_base:
             why = answerer.no_base_because or "the model has no adapter to switch off"
-            raise ValueError(f"the base model cannot be asked beside it: {why}; leave compare out")
+            raise WebPageError(
+                f"the base model cannot be asked beside it: {why}; leave --compare out"
+            )
         self._catalogue = gr.I18n(**{**WORDS, "zh-CN": WORDS["zh"], "zh-TW": WORDS["zh"]})
         with gr.Blocks(title=self.options.bot_name, analytics_enabled=False) as self.blocks:
             self._place_conversation()
-            self._place_settings()
+            self.settings = place_settings(self._word, self.options.system, self.options.sampling)
             self._connect()
         self.blocks.queue(max_size=200, default_concurrency_limit=_MAX_WAITING)
 
@@ -145,40 +149,6 @@ class ChatPage:
             label=label, height="55vh", min_height=240, elem_id=name, buttons=["copy"],
             feedback_options=None, sanitize_html=True, allow_tags=True, layout="bubble",
         )  # fmt: skip
-
-    def _place_settings(self) -> None:
-        word, start = self._word, self.options.sampling
-        longest = max(4096, start.max_new_tokens)
-        with gr.Accordion(word("settings"), open=False, elem_id="settings"):
-            system = gr.Textbox(
-                self.options.system, label=word("system"), info=word("system_info"), lines=2,
-                max_lines=6, elem_id="system",
-            )  # fmt: skip
-            with gr.Row():
-                temperature = gr.Slider(
-                    0, 2, start.temperature, step=0.05, label=word("temperature"),
-                    info=word("temperature_info"),
-                )  # fmt: skip
-                top_p = gr.Slider(
-                    0.01, 1, start.top_p, step=0.01, label=word("top_p"), info=word("top_p_info")
-                )
-                top_k = gr.Slider(
-                    0, 200, start.top_k, step=1, label=word("top_k"), info=word("top_k_info")
-                )
-            with gr.Row():
-                penalty = gr.Slider(
-                    1, 2, start.repetition_penalty, step=0.01, label=word("repetition_penalty"),
-                    info=word("repetition_penalty_info"),
-                )  # fmt: skip
-                tokens = gr.Slider(
-                    1, longest, start.max_new_tokens, step=1, label=word("max_new_tokens")
-                )
-                # No Number: an empty one shows 0, and 0 is a seed.
-                seed = gr.Textbox(
-                    "" if start.seed is None else str(start.seed), label=word("seed"),
-                    info=word("seed_info"), max_lines=1, elem_id="seed",
-                )  # fmt: skip
-        self.settings = [system, temperature, top_p, top_k, penalty, tokens, seed]
 
     def _connect(self) -> None:
         shown = [
@@ -261,7 +231,7 @@ class ChatPage:
             yield self._said(words["busy"])
             return
         try:
-            sampling = _sampling(*numbers)
+            sampling = sampling_of(*numbers)
         except (TypeError, ValueError) as error:
             yield self._said(words["bad_settings"].format(error=error))
             return
@@ -270,12 +240,13 @@ class ChatPage:
             self.answerer, conversation, text, sampling, sides=sides, system=system,
             language=language, is_retry=is_retry,
         )  # fmt: skip
-        yield self._buttons(answering=True) | ({} if is_retry else {self.box: ""})
+        started = self._buttons(answering=True) | ({} if is_retry else {self.box: ""})
         for step in steps:
-            shown = self._said(step.notice) | self._columns(conversation)
+            shown = started | self._said(step.notice) | self._columns(conversation)
             if step.question is not None:
                 shown[self.box] = step.question
             yield shown
+            started = {}
         yield self._buttons(answering=False)
 
     def _columns(self, conversation: Conversation) -> dict[Any, Any]:
@@ -292,21 +263,3 @@ class ChatPage:
     def _said(self, notice: str) -> dict[Any, Any]:
         text = f"<p role='alert'>{html.escape(notice)}</p>" if notice else ""
         return {self.notice: gr.update(value=text, visible=bool(notice))}
-
-
-def _sampling(
-    temperature: float,
-    top_p: float,
-    top_k: float,
-    repetition_penalty: float,
-    max_new_tokens: float,
-    seed: str,
-) -> Sampling:
-    return Sampling(
-        max_new_tokens=int(max_new_tokens),
-        temperature=float(temperature),
-        top_p=float(top_p),
-        top_k=int(top_k),
-        repetition_penalty=float(repetition_penalty),
-        seed=int(seed) if seed.strip() else None,
-    )
