@@ -210,15 +210,17 @@ def init_distributed(
         set_gloo_interface(os.environ["MASTER_ADDR"])
         if backend is None:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        with _meeting_within(timeout_s, rank):
+        with meeting_within(timeout_s, rank):
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Ranks(rank, world_size, local_rank)
 
 
 @contextmanager
-def _meeting_within(timeout_s: float, rank: int) -> Iterator[None]:
-    """End this process where the block takes longer: torch waits for a host twice its time-out
-    where nobody listens, and for ever where somebody listens and does not answer (measured, 2.13).
+def meeting_within(timeout_s: float, rank: int) -> Iterator[None]:
+    """End this process where the block, which connects to the first one, takes longer.
+
+    torch waits for twice its time-out where nobody listens, and for ever where somebody listens and
+    does not answer (measured with 2.13).
     """
 
     def end() -> None:

@@ -23,9 +23,7 @@ from xtuner_lite.engine.checkpoint import (
     write_checkpoint,
 )
 from xtuner_lite.engine.checkpoint_async import AsyncWriter
-from xtuner_lite.engine.distributed import (
-    init_distributed,
-)
+from xtuner_lite.engine.distributed import init_distributed, meeting_within
 from xtuner_lite.engine.optim import OptimWrapper
 from xtuner_lite.engine.strategies.base import Strategy
 from xtuner_lite.engine.watchdog import Watchdog
@@ -316,13 +314,15 @@ class Runner(Assembly):
         if ranks.world_size == 1:
             yield
             return
-        self._watchdog = Watchdog(
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            local_rank=ranks.local_rank,
-            timeout_s=self._timeouts["timeout_s"],
-            log_dir=self.log_dir,
-        )
+        timeout_s = self._timeouts["timeout_s"]
+        with meeting_within(timeout_s, ranks.rank):  # it makes a connection of its own
+            self._watchdog = Watchdog(
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                local_rank=ranks.local_rank,
+                timeout_s=timeout_s,
+                log_dir=self.log_dir,
+            )
         self._watchdog.start()
         # It finds a rank that stays behind; a communication itself may wait for a slow phase.
         ranks.set_timeout(self._timeouts["slow_timeout_s"])
