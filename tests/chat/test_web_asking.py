@@ -66,6 +66,17 @@ def test_a_failure_gives_the_question_back_and_changes_nothing(parrot):
     assert conversation.turns[0].answers == {"model": "1: one"}
 
 
+def test_an_error_of_ours_is_logged_and_shows_no_paths(parrot, caplog, monkeypatch):
+    def broken(*args, **options):
+        yield ""
+        raise RuntimeError("/home/somebody/secret")
+
+    monkeypatch.setattr(parrot, "stream", broken)
+    step = asked(parrot, Conversation(), "one")
+    assert step.notice == "No answer: RuntimeError in the server; its console says more."
+    assert "/home/somebody/secret" in caplog.text
+
+
 def test_a_stopped_answer_stays_as_far_as_it_came():
     conversation, parrot = Conversation(), Parrot(pause_s=0.06)
     steps = ask(parrot, conversation, "a b c d e f g h", Sampling(), sides=BOTH)

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import uvicorn
 from peft import LoraConfig
 
 from tests.tiny import tiny_llama, tiny_tokenizer
 from xtuner_lite.chat.web.answerer import Answerer
 from xtuner_lite.chat.web.page import ChatPage, PageOptions
-from xtuner_lite.chat.web.server import build_app, listen
+from xtuner_lite.chat.web.server import build_app, build_server, listen
 from xtuner_lite.models.adapters import add_adapter
 
 TOKENIZER = tiny_tokenizer()
@@ -56,9 +55,7 @@ def served(
     """(address, page) of a page that runs until the block ends."""
     page = ChatPage(answerer, PageOptions(bot_name="Parrot", **options))
     listening = listen("127.0.0.1", None)
-    config = uvicorn.Config(build_app(page, password=password), log_level="warning")
-    config.timeout_graceful_shutdown = 1
-    server = uvicorn.Server(config)
+    server = build_server(build_app(page, password=password))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:

@@ -14,9 +14,18 @@ import xtuner_lite
 from xtuner_lite.models.hub import ADAPTER_CONFIG, WHEEL_PREFIX
 
 #: What the page imports itself; the rest comes with these.
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "mmengine", "gradio")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "sentencepiece",
+    "mmengine",
+    "gradio",
+)
 _LARGE = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.model", "tokenizer.json")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 _APP = '''"""Starts the page: the command `xtuner-lite web-demo` with the arguments below."""
 

@@ -125,7 +125,8 @@ class ChatPage:
                 self.chat = self._column(label, "chat")
             with gr.Column(min_width=300, visible=options.compare) as self.base_column:
                 self.base_chat = self._column(self._word("base"), "base-chat")
-        self.notice = gr.HTML("", elem_id="notice", visible=False)
+        # Not gr.HTML, whose templates are evaluated, which the page's policy forbids.
+        self.notice = gr.Markdown("", elem_id="notice", visible=False)
         with gr.Row(equal_height=True):
             self.box = gr.Textbox(
                 placeholder=self._word("ask"), show_label=False, container=False, lines=1,
@@ -156,8 +157,9 @@ class ChatPage:
             self.clear,
         ]  # fmt: skip
         given = [self.conversation, self.compare, *self.settings]
+        # "multiple": an Enter while an answer comes is told, not lost.
         common = {
-            "outputs": shown, "show_progress": "hidden", "trigger_mode": "once",
+            "outputs": shown, "show_progress": "hidden", "trigger_mode": "multiple",
             "concurrency_id": "answer", "concurrency_limit": _MAX_WAITING,
         }  # fmt: skip
         gr.on(
@@ -241,8 +243,12 @@ class ChatPage:
             language=language, is_retry=is_retry,
         )  # fmt: skip
         started = self._buttons(answering=True) | ({} if is_retry else {self.box: ""})
+        notice = None
         for step in steps:
-            shown = started | self._said(step.notice) | self._columns(conversation)
+            shown = started | self._columns(conversation)
+            if step.notice != notice:  # else what was said meanwhile stays
+                shown |= self._said(step.notice)
+                notice = step.notice
             if step.question is not None:
                 shown[self.box] = step.question
             yield shown
@@ -261,5 +267,6 @@ class ChatPage:
         }
 
     def _said(self, notice: str) -> dict[Any, Any]:
-        text = f"<p role='alert'>{html.escape(notice)}</p>" if notice else ""
+        line = " ".join(html.escape(notice).split())  # an empty line would end the HTML
+        text = f"<p role='alert'>{line}</p>" if notice else ""
         return {self.notice: gr.update(value=text, visible=bool(notice))}

@@ -107,12 +107,14 @@ def build_app(page: ChatPage, *, password: str | None = None) -> FastAPI:
     from xtuner_lite.chat.web.guard import Guard
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    without_docs = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    app = FastAPI(**without_docs)
     language = "en" if page.options.language == "auto" else page.options.language
     gr.mount_gradio_app(
         app,
         page.blocks,
         path="/",
+        app_kwargs=without_docs,
         auth=None if password is None else _password_check(password),
         auth_message=WORDS[language]["password"],
         footer_links=[],
