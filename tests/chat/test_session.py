@@ -1,5 +1,8 @@
 """A conversation keeps what was said, and only that."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -98,9 +101,10 @@ def test_a_saved_conversation_is_a_data_file(tmp_path, name):
         chat.save(tmp_path / name)
 
 
-@pytest.fixture
-def folders(tmp_path):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
     """A base model, and an adapter of it with its own tokenizer in a run's work_dir."""
+    tmp_path = tmp_path_factory.mktemp("models")
     tiny_speaker(TOKENIZER, "Hi!").save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")
     sft = SupervisedFinetune(load_causal_lm(tmp_path / "base"), lora=LoraConfig(r=2))
@@ -141,6 +145,31 @@ def test_types_and_places(folders):
         load_for_chat(folders / "base", device="cuda:99")
     with pytest.raises(ValueError, match="offloading chooses devices itself: leave one of them"):
         load_for_chat(folders / "base", device="cpu", offload_folder="x")
+
+
+def test_a_model_larger_than_memory_answers_from_the_disk(folders, monkeypatch):
+    """All of it, the embedding too, is on the disk; an adapter beside it would be left out."""
+    spread = {"device_map": "auto", "max_memory": {"cpu": 1000}, "offload_folder": folders / "x"}
+    monkeypatch.setattr("xtuner_lite.chat.session.placement", lambda *args, **options: spread)
+    model, tokenizer = load_for_chat(folders / "base")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    for temperature in (0.0, 1e-3):
+        sampling = Sampling(max_new_tokens=8, temperature=temperature, seed=0)
+        assert ChatSession(model, tokenizer, sampling=sampling).reply("Hello") == "Hi!"
+    with pytest.raises(ValueError, match="merge it first .xtuner-lite convert merge BASE ADAPTER"):
+        load_for_chat(folders / "run")
+
+
+@pytest.mark.slow
+def test_a_chat_imports_no_deepspeed(folders):
+    """It takes seconds and prints a warning of its own."""
+    code = (
+        "import sys; from xtuner_lite.cli.main import main; "
+        f"assert main(['chat', {str(folders / 'run')!r}, '-p', 'x']) == 0; "
+        "print('deepspeed' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("Hi!\nFalse\n", "")
 
 
 def test_wrong_folders_are_named(folders):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,12 @@ from xtuner_lite.engine.checkpoint import list_checkpoints
 from xtuner_lite.engine.precision import choose_dtype
 from xtuner_lite.models.generate import stream_reply
 from xtuner_lite.models.hub import Hub
-from xtuner_lite.models.loading import load_causal_lm, load_tokenizer, split_adapter_path
+from xtuner_lite.models.loading import (
+    load_adapter,
+    load_causal_lm,
+    load_tokenizer,
+    split_adapter_path,
+)
 from xtuner_lite.models.packed_forward import unwrap_adapter
 from xtuner_lite.models.sampling import ReplyStats, Sampling
 from xtuner_lite.structures import Message
@@ -188,9 +194,14 @@ def load_for_chat(
         )
     placed = placement(device, bits=bits, offload_folder=offload_folder)
     common = {"trust_remote_code": trust_remote_code, "hub": hub}
+    if bits == 8:  # a warning for each layer and token, about what 8-bit products always do
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     model = load_causal_lm(
-        base, adapter=adapter, dtype=dtype, quantization=bits and f"{bits}bit", **placed, **common
+        base, dtype=dtype, quantization=bits and f"{bits}bit", **placed, **common
     )
+    if adapter is not None:
+        _refuse_offloaded(model, adapter)
+        model = load_adapter(model, adapter)
     # An adapter folder saved by this project holds the tokenizer and template it was trained with.
     has_tokenizer = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(adapter if has_tokenizer else base, template=template, **common)
@@ -202,6 +213,16 @@ def load_for_chat(
     if dtype is None and choose_dtype(device)[0] == "fp32" and is_small:
         model = model.float()  # a CPU without bf16 instructions reads a prompt 5 times faster so
     return model.eval(), tokenizer
+
+
+def _refuse_offloaded(model: nn.Module, adapter: str | Path) -> None:
+    """Raises ValueError where the adapter's layers would lie outside memory, and be left out."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"parts of the model do not fit into memory, and the adapter {adapter} needs them "
+            "there: merge it first (xtuner-lite convert merge BASE ADAPTER OUT) and chat with OUT, "
+            "or try --bits 4"
+        )
 
 
 def chosen_device() -> str:

@@ -93,7 +93,7 @@ def generate_reply(
         listener.stop_ids = frozenset(config.eos_token_id)
         stack.enter_context(evaluating(model))
         stack.enter_context(_generating_with(base, config))
-        input_ids = torch.tensor([prompt], device=base.get_input_embeddings().weight.device)
+        input_ids = torch.tensor([prompt], device=_input_device(base))
         # Not PeftModel.generate, which would put its own generation config back into the model;
         # the adapter's layers are inside the model itself.
         base.generate(
@@ -169,6 +169,13 @@ def _plain_messages(messages: Sequence[Message]) -> list[Message]:
             message = {**message, "content": "".join(part["text"] for part in content)}
         plain.append(message)
     return plain
+
+
+def _input_device(base: nn.Module) -> torch.device:
+    """Where token ids go: to the embedding, or to where accelerate brings an offloaded one."""
+    device = base.get_input_embeddings().weight.device
+    hook = getattr(base, "_hf_hook", None)
+    return torch.device(hook.execution_device) if device.type == "meta" and hook else device
 
 
 def _room(base: nn.Module, num_prompt: int) -> float:
