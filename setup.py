@@ -16,7 +16,7 @@ EXTRAS = {
     "demo": ["gguf>=0.17"],  # reads the demo's model file
     "qlora": ["bitsandbytes>=0.48"],
     "deepspeed": ["deepspeed>=0.18"],
-    "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+    "serve": ["fastapi>=0.162", "uvicorn>=0.30"],
     "tensorboard": ["tensorboard>=2.18"],
     "wandb": ["wandb>=0.19"],
     "mlflow": ["mlflow>=3"],
@@ -33,7 +33,7 @@ EXTRAS["dev"] = [
     *EXTRAS["qlora"],
     *EXTRAS["deepspeed"],
     *EXTRAS["serve"],
-    "openai>=1.60",  # its client speaks to the server in the tests
+    "openai>=3",  # its client speaks to the server in the tests
     *EXTRAS["tensorboard"],
     *EXTRAS["web"],
     "selenium>=4.30",  # the tests of the page that click in a browser

@@ -78,11 +78,10 @@ def build_app(
         order = read_order(body, max_new_tokens=max_new_tokens or served.context)
         _check_room(line)
         await asyncio.to_thread(served.check, order)
-        reply = Reply(order.messages, order.tools, order.sampling)
-        _check_room(line)
-        line.join(reply)
         options = body.stream_options
         answer = Answer(served.name, with_usage=bool(options and options.include_usage))
+        reply = Reply(order.messages, order.tools, order.sampling)
+        _join(line, reply)
         if body.stream:
             return _Stream(_chunks(answer, reply, order, served), line, reply)
         return await _whole(answer, reply, order, served, line, request)
@@ -101,8 +100,16 @@ def _check_name(name: str, served: ServedModel) -> None:
 
 
 def _check_room(line: ReplyLine) -> None:
+    """Refuses a request before any work is done for it, where the line is full."""
     try:
         line.check_room()
+    except (LineFull, ServerStops) as error:
+        raise _refusal(error) from error
+
+
+def _join(line: ReplyLine, reply: Reply) -> None:
+    try:
+        line.join(reply)
     except (LineFull, ServerStops) as error:
         raise _refusal(error) from error
 
