@@ -4,9 +4,10 @@
     python benchmarks/server_load.py MODEL --requests 200 --at-once 32
 
 Each request is another question, greedy and streamed, sent by OpenAI's own client. Bare
-transformers answers the same questions one by one (half of them before, half after, so that a
-machine that becomes slower does not favour one side): its tokens a second are the reference, and
-its answers are what every answer of the server must equal. Both compute in float32.
+transformers answers the same questions one by one: its tokens a second are the reference, and its
+answers are what every answer of the server must equal. Both compute in float32, in turns: some
+questions bare, the same ones served, and so on. The ratio is the median over these rounds, so that
+other work on the machine does not favour one side.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import openai
@@ -88,18 +90,12 @@ def main() -> int:
         QUESTIONS[i % len(QUESTIONS)] + "!" * (i // len(QUESTIONS)) for i in range(args.requests)
     ]
     bare = Bare(args.model, args.max_tokens)
-    bare.answer("Hello")  # warm
-    bare.num_tokens, bare.seconds = 0, 0.0
-    half = len(questions) // 2
-    expected = [bare.answer(question) for question in questions[:half]]
     process, base_url = start_server(args.model, args.at_once)
     try:
-        load = asyncio.run(ask_all(base_url, questions, args))
+        return report(asyncio.run(measure(bare, base_url, questions, args)))
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(30)
-    expected += [bare.answer(question) for question in questions[half:]]
-    return report(load, bare, expected)
 
 
 def start_server(model: str, at_once: int) -> tuple[subprocess.Popen, str]:
@@ -115,11 +111,47 @@ def start_server(model: str, at_once: int) -> tuple[subprocess.Popen, str]:
     raise SystemExit(f"the server did not start (exit code {process.wait()})")
 
 
-async def ask_all(base_url: str, questions: list[str], args: argparse.Namespace) -> dict:
-    """Answers, errors, first-token times and token counts of all requests."""
+@dataclass
+class Round:
+    """One round of questions, bare and served."""
+
+    expected: list[str]
+    texts: list[str | None]
+    errors: list[str] = field(default_factory=list)
+    first_s: list[float] = field(default_factory=list)
+    """Seconds to the first piece of each served answer, waiting included."""
+    num_tokens: int = 0
+    served_s: float = 0.0
+    bare_tokens: int = 0
+    bare_s: float = 0.0
+
+
+async def measure(
+    bare: Bare, base_url: str, questions: list[str], args: argparse.Namespace
+) -> list[Round]:
+    """Asks both sides, round by round."""
     client = openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=600)
+    bare.answer("Hello")  # warm, as the other side
+    await ask_all(client, ["Hello"], Round([], [None]), args)
+    rounds = []
+    size = 2 * args.at_once
+    for at in range(0, len(questions), size):
+        asked = questions[at : at + size]
+        bare.num_tokens, bare.seconds = 0, 0.0
+        expected = [bare.answer(question) for question in asked]
+        now = Round(expected, [None] * len(asked), bare_tokens=bare.num_tokens, bare_s=bare.seconds)
+        started = time.perf_counter()
+        await ask_all(client, asked, now, args)
+        now.served_s = time.perf_counter() - started
+        rounds.append(now)
+    return rounds
+
+
+async def ask_all(
+    client: openai.AsyncOpenAI, questions: list[str], now: Round, args: argparse.Namespace
+) -> None:
+    """Asks the server, ``args.at_once`` questions at a time; fills in the round."""
     places = asyncio.Semaphore(args.at_once)
-    load = {"texts": [None] * len(questions), "errors": [], "first": [], "tokens": 0}
 
     async def ask(index: int) -> None:
         async with places:
@@ -136,43 +168,42 @@ async def ask_all(base_url: str, questions: list[str], args: argparse.Namespace)
                 )
                 async for chunk in stream:
                     if chunk.usage:
-                        load["tokens"] += chunk.usage.completion_tokens
+                        now.num_tokens += chunk.usage.completion_tokens
                     elif chunk.choices[0].delta.content:
                         if not parts:
-                            load["first"].append(time.perf_counter() - started)
+                            now.first_s.append(time.perf_counter() - started)
                         parts.append(chunk.choices[0].delta.content)
-                load["texts"][index] = "".join(parts)
+                now.texts[index] = "".join(parts)
             except openai.OpenAIError as error:
-                load["errors"].append(f"{questions[index]}: {error!r}")
+                now.errors.append(f"{questions[index]}: {error!r}")
 
-    await client.chat.completions.create(
-        model="demo", messages=[{"role": "user", "content": "Hello"}], max_tokens=4
-    )  # warm, as the other side
-    started = time.perf_counter()
     await asyncio.gather(*map(ask, range(len(questions))))
-    load["seconds"] = time.perf_counter() - started
-    return load
 
 
-def report(load: dict, bare: Bare, expected: list[str]) -> int:
+def report(rounds: list[Round]) -> int:
     """Prints the figures as JSON; the exit code."""
-    other = [index for index, text in enumerate(load["texts"]) if text != expected[index]]
-    served = load["tokens"] / load["seconds"]
-    alone = bare.num_tokens / bare.seconds
+    pairs = [pair for now in rounds for pair in zip(now.expected, now.texts)]
+    other = [pair for pair in pairs if pair[0] != pair[1]]
+    errors = [error for now in rounds for error in now.errors]
+    served = [now.num_tokens / now.served_s for now in rounds]
+    bare = [now.bare_tokens / now.bare_s for now in rounds]
+    ratios = [mine / reference for mine, reference in zip(served, bare)]
     figures = {
-        "requests": len(expected),
-        "errors": len(load["errors"]),
+        "requests": len(pairs),
+        "errors": len(errors),
         "answers that differ from bare generate": len(other),
-        "tokens": [load["tokens"], bare.num_tokens],
-        "tokens/s served": round(served, 2),
-        "tokens/s bare": round(alone, 2),
-        "ratio": round(served / alone, 3),
-        "median s to the first piece, waiting included": round(statistics.median(load["first"]), 2),
+        "tokens": [sum(now.num_tokens for now in rounds), sum(now.bare_tokens for now in rounds)],
+        "tokens/s served, by round": [round(value, 2) for value in served],
+        "tokens/s bare, by round": [round(value, 2) for value in bare],
+        "ratio, median": round(statistics.median(ratios), 3),
+        "s to the first piece, waiting included, median": round(
+            statistics.median(value for now in rounds for value in now.first_s), 2
+        ),
     }
     print(json.dumps(figures, indent=1))
-    for line in [*load["errors"], *(f"{expected[i]!r} -> {load['texts'][i]!r}" for i in other)][:5]:
+    for line in [*errors, *(f"{expected!r} -> {got!r}" for expected, got in other)][:5]:
         print(line)
-    return 1 if load["errors"] or other else 0
+    return 1 if errors or other else 0
 
 
 if __name__ == "__main__":

@@ -71,6 +71,21 @@ def test_who_leaves_the_line_is_not_answered():
     assert stats.completion_tokens == 0
 
 
+def test_closing_ends_the_answers_that_come_and_those_that_wait():
+    model, gate = tiny_speaker(TOKENIZER, "Hi!"), threading.Event()
+    model.register_forward_pre_hook(lambda *_: gate.wait(10) and None)
+    answerer = Answerer(model, TOKENIZER)
+    readers = [answerer.stream(asked(text), SAMPLING) for text in ("one", "two")]
+    assert [next(reader) for reader in readers] == ["", ""]
+    threading.Timer(0.2, gate.set).start()
+    answerer.close()
+    assert answerer.num_asking == 0
+    came, waited = ("".join(reader) for reader in readers)
+    assert "Hi!".startswith(came)
+    assert came != "Hi!"
+    assert waited == ""
+
+
 def test_a_failure_is_raised_where_the_answer_is_read():
     answerer = Answerer(tiny_llama(max_position_embeddings=16).eval(), TOKENIZER)
     with pytest.raises(ValueError, match="sees 16 at once"):

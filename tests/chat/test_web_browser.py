@@ -186,7 +186,7 @@ def test_errors_are_read_in_the_page_which_lives_on(visit):
     box.clear()
     visitor.ask("fine")
     assert visitor.texts() == ["fine", "1: fine"]
-    assert not visitor.driver.find_elements(By.CSS_SELECTOR, "#notice")
+    assert visitor.find("#notice").text == ""
 
 
 def test_two_visitors_and_two_languages(visit):

@@ -51,7 +51,7 @@ def texts(outputs, column=CHAT):
 
 def notice(outputs):
     """What was said last."""
-    return [step[NOTICE].get("value", "") for step in outputs if "value" in step[NOTICE]][-1]
+    return [step[NOTICE] for step in outputs if isinstance(step[NOTICE], str)][-1]
 
 
 def test_a_model_answers_and_goes_on_after_an_error():

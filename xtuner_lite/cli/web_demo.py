@@ -116,12 +116,18 @@ def run(args: argparse.Namespace) -> int:
             language=args.lang,
             max_characters=args.max_characters,
         )
-        app = build_app(ChatPage(Answerer(model, tokenizer), options), password=args.password)
+        answerer = Answerer(model, tokenizer)
+        app = build_app(ChatPage(answerer, options), password=args.password)
         port = listening.getsockname()[1]
         if args.port is None and port != FIRST_PORT:
             print(f"port {FIRST_PORT} is taken; the page is on {port} (--port N chooses one)")
         print(f"{options.bot_name}: {_address(args.host, port)}  (Ctrl-C ends it)", flush=True)
-        serve(app, listening)
+        try:
+            serve(app, listening)
+        finally:
+            if answerer.num_asking:
+                print("ending the answer that is being made ...", file=sys.stderr)
+            answerer.close()
     return 0
 
 

@@ -146,12 +146,22 @@ def test_a_full_bf16_run_keeps_float32_copies_and_goes_on_bit_for_bit(tmp_path, 
 
 
 @pytest.mark.slow
-def test_an_adapter_keeps_the_precision_rule(tmp_path):
-    for dtype, rtol in (("fp16", 1e-5), ("bf16", 2e-3)):
-        options = dict(lora=True, dtype=dtype)
-        (both,) = train_on_ranks([(tmp_path / f"{dtype}_2", zero("zero3"), options)])
-        alone = train(tmp_path / dtype, None, **options)
-        assert_same(alone, both, rtol=rtol)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_an_adapter_keeps_the_precision_rule(tmp_path, dtype):
+    # Stage 3 computes linear layers by a function of DeepSpeed's that rounds elsewhere: the two
+    # runs may be no further apart than half precision itself is from float32.
+    options = dict(lora=True, dtype=dtype)
+    (both,) = train_on_ranks([(tmp_path / "both", zero("zero3"), options)])
+    alone = train(tmp_path / "alone", None, **options)
+    exact = train(tmp_path / "exact", None, lora=True)
+    assert alone["rates"] == both["rates"]
+    for key in ("losses", "grad_norms"):
+        half, whole, sharded = (
+            torch.tensor(run[key], dtype=torch.float64) for run in (alone, exact, both)
+        )
+        rounding = (half - whole).abs().max()
+        assert 0 < rounding < 0.05
+        assert (half - sharded).abs().max() <= rounding, key
 
 
 @pytest.mark.slow

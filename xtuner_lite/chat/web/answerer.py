@@ -42,7 +42,7 @@ class Answerer:
         self.has_adapter = hasattr(model, "peft_config")
         self.no_base_because = _no_base_because(model)
         self._turns = Turns()
-        self._asking: list[object] = []
+        self._asking: dict[threading.Event, threading.Thread] = {}  # by what stops them
 
     @property
     def has_base(self) -> bool:
@@ -81,7 +81,6 @@ class Answerer:
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None: the end
         should_stop = threading.Event()
         failures: list[BaseException] = []
-        ticket = object()
 
         def work() -> None:
             try:
@@ -95,11 +94,12 @@ class Answerer:
             except BaseException as error:  # raised again in the reader's thread
                 failures.append(error)
             finally:
-                self._asking.remove(ticket)
+                del self._asking[should_stop]
                 pieces.put(None)
 
-        self._asking.append(ticket)
-        threading.Thread(target=work, name="answer", daemon=True).start()
+        thread = threading.Thread(target=work, name="answer", daemon=True)
+        self._asking[should_stop] = thread
+        thread.start()
         try:
             while True:
                 try:
@@ -113,6 +113,17 @@ class Answerer:
             should_stop.set()
         if failures:
             raise failures[0]
+
+    def close(self) -> None:
+        """Ends all answers; returns when the model is at rest, after one step of it at most.
+
+        A process that ends while a thread is inside the model is aborted by the C++ library.
+        """
+        asking = list(self._asking.items())
+        for should_stop, _ in asking:
+            should_stop.set()
+        for _, thread in asking:
+            thread.join()
 
     def _switched(self, side: Side) -> AbstractContextManager[None]:
         return self.model.disable_adapter() if side == "base" else nullcontext()

@@ -58,10 +58,10 @@ class Conversation:
         return [*messages, {"role": "user", "content": turn.question}]
 
     def shown(self, side: Side) -> list[Message]:
-        """What the column of ``side`` shows."""
+        """What the column of ``side`` shows; three dots for an answer that has not begun."""
         shown: list[Message] = []
         for turn in self.turns:
             if side in turn.answers:
                 shown.append({"role": "user", "content": turn.question})
-                shown.append({"role": "assistant", "content": turn.answers[side]})
+                shown.append({"role": "assistant", "content": turn.answers[side] or "…"})
         return shown

@@ -31,8 +31,7 @@ _MAX_WAITING = 32
 _CSS = """
 .gradio-container {max-width: 1100px !important; width: 100% !important; margin: 0 auto !important}
 .gradio-container > main {width: 100%}
-#notice {color: var(--error-text-color, #b91c1c); min-height: 0}
-#notice p {margin: 0; padding: .25rem .5rem; overflow-wrap: anywhere}
+#notice p {color: #dc2626; margin: 0; padding: .25rem .5rem; overflow-wrap: anywhere}
 footer {display: none !important}
 @media (max-width: 640px) {#chat, #base-chat {height: 42vh !important}}
 """
@@ -126,8 +125,8 @@ class ChatPage:
             with gr.Column(min_width=300, visible=options.compare) as self.base_column:
                 self.base_chat = self._column(self._word("base"), "base-chat")
         # Not gr.HTML, whose templates are evaluated, which the page's policy forbids.
-        self.notice = gr.Markdown("", elem_id="notice", visible=False)
-        with gr.Row(equal_height=True):
+        self.notice = gr.Markdown("", elem_id="notice")
+        with gr.Row():
             self.box = gr.Textbox(
                 placeholder=self._word("ask"), show_label=False, container=False, lines=1,
                 max_lines=8, scale=8, min_width=180, autofocus=True, elem_id="question",
@@ -137,7 +136,7 @@ class ChatPage:
             )
             self.stop = gr.Button(
                 self._word("stop"), variant="stop", scale=1, min_width=90, elem_id="stop",
-                visible=False,
+                visible="hidden",
             )  # fmt: skip
         with gr.Row():
             self.retry = gr.Button(self._word("retry"), size="sm", min_width=90, elem_id="retry")
@@ -260,8 +259,9 @@ class ChatPage:
 
     def _buttons(self, *, answering: bool) -> dict[Any, Any]:
         return {
-            self.send: gr.update(visible=not answering),
-            self.stop: gr.update(visible=answering),
+            # "hidden", not False: what is not in the page yet may miss a change that comes soon.
+            self.send: gr.update(visible="hidden" if answering else True),
+            self.stop: gr.update(visible=True if answering else "hidden"),
             self.retry: gr.update(interactive=not answering),
             self.clear: gr.update(interactive=not answering),
         }
@@ -269,4 +269,4 @@ class ChatPage:
     def _said(self, notice: str) -> dict[Any, Any]:
         line = " ".join(html.escape(notice).split())  # an empty line would end the HTML
         text = f"<p role='alert'>{line}</p>" if notice else ""
-        return {self.notice: gr.update(value=text, visible=bool(notice))}
+        return {self.notice: text}

@@ -140,13 +140,9 @@ def build_server(app: FastAPI) -> uvicorn.Server:
             for route in app.routes:  # the page's own streams last as long as it is open
                 if stopped := getattr(getattr(route, "app", None), "stop_event", None):
                     stopped.set()
-            log = logging.getLogger("uvicorn.error")
-            level = log.level
-            log.setLevel(logging.CRITICAL)  # answers that are cut off now are no errors
-            try:
-                await super().shutdown(sockets)
-            finally:
-                log.setLevel(level)
+            # Answers that are cut off now are no errors; a next server sets the level anew.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            await super().shutdown(sockets)
 
     return PageServer(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
 
