@@ -111,9 +111,7 @@ def train(
         adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=dropout)
     torch.manual_seed(11)
     options = {"attention_dropout": 0.0 if lora else dropout, **(llm or {})}
-    base = None
-    if four_bit_path:  # products in float32, so that runs can be compared closely
-        base = load_causal_lm(four_bit_path, quantization="4bit", dtype="fp32")
+    base = load_causal_lm(four_bit_path, quantization="4bit") if four_bit_path else None
     config["model"] = SupervisedFinetune(
         base or tiny_llama(**options), lora=adapter, **{"self_check": False, **(model or {})}
     )

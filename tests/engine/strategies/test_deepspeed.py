@@ -193,7 +193,10 @@ def test_a_4_bit_base_trains_under_stage_2_and_is_refused_under_stage_3(tmp_path
     options = dict(lora=True, four_bit_path=base)
     (both,) = train_on_ranks([(tmp_path / "both", zero("zero2"), options)])
     alone = train(tmp_path / "alone", None, **options)
-    assert_same(alone, both, rtol=1e-5)
+    assert both["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-6)
+    # From the first update on the weights differ in their last digit, by the order of a sum; the
+    # 4-bit products are rounded to bf16, where that may change a number by a whole step (2**-8).
+    assert_same(alone, both, rtol=2**-8)
     with pytest.raises(AssertionError, match="ZeRO stage 3 cuts every weight, and .* quantised"):
         train_on_ranks([(tmp_path / "three", zero("zero3"), options)])
 
