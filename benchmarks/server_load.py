@@ -134,9 +134,8 @@ async def measure(
     bare.answer("Hello")  # warm, as the other side
     await ask_all(client, ["Hello"], Round([], [None]), args)
     rounds = []
-    size = 2 * args.at_once
-    for at in range(0, len(questions), size):
-        asked = questions[at : at + size]
+    for at in range(0, len(questions), args.at_once):
+        asked = questions[at : at + args.at_once]
         bare.num_tokens, bare.seconds = 0, 0.0
         expected = [bare.answer(question) for question in asked]
         now = Round(expected, [None] * len(asked), bare_tokens=bare.num_tokens, bare_s=bare.seconds)
