@@ -19,6 +19,7 @@ LAYERS = {
     "registry_base": 0, "registry": 0,
     "config": 1,
     "templates": 2,
+    "images": 2.5,
     "data": 3, "models": 3,
     "methods": 4, "engine": 4,
     "runner": 5,

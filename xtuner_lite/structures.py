@@ -53,6 +53,10 @@ class Batch(TypedDict, total=False):
     row_ids: list[list[str]]  # B lists: the source rows of each sample, 'file:line'
     segment_sources: Tensor  # int64 [S], in mixtures: index into source_names; -1 for padding
     source_names: list[str]  # in mixtures: the data sets it is made of
+    # With a vision tokenizer, in every batch: what the model's forward takes for the images of all
+    # samples, in the order of their tokens; without any image those of a filler segment.
+    images: dict[str, Tensor]
+    num_images: int  # without the filler's
 
 
 @dataclass

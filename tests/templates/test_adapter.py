@@ -59,17 +59,19 @@ def test_a_system_prompt_that_the_template_drops_stops_the_run():
         template.layout([{"role": "system", "content": "s"}, *CHAT])
 
 
-def test_a_template_that_takes_text_only_as_parts_stops_the_run():
-    # As SmolVLM's: a plain string is walked through letter by letter and nothing is written.
+def test_a_template_that_takes_text_only_as_parts_is_given_parts():
+    # As SmolVLM's: a plain string would be walked through letter by letter, and nothing written.
     template = ChatTemplate(
         tiny_tokenizer(
             "{% for m in messages %}{{ m.role }}:{% for part in m.content %}"
             "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>"
-            "{% endfor %}"
+            "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
         )
     )
-    with pytest.raises(TemplateError, match=r"message 0 \(user\) holds text as a plain string"):
-        template.layout(CHAT)
+    question, answer = (message["content"] for message in CHAT)
+    layout = template.layout(CHAT)
+    assert layout.text == f"user:{question}<|im_end|>assistant:{answer}<|im_end|>"
+    assert [layout.text[s.start : s.end] for s in layout.spans] == [f"{answer}<|im_end|>"]
     assert template.stop_token_ids() == [2]
 
 

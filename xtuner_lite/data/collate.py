@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from xtuner_lite.images.files import ImageError
 from xtuner_lite.registry import COLLATORS
 from xtuner_lite.structures import IGNORE_INDEX, Batch
+
+if TYPE_CHECKING:
+    from xtuner_lite.images.vision_inputs import VisionInputs
 
 #: What a sample must hold.
 SAMPLE_KEYS = ("input_ids", "labels", "lengths", "row_ids")
@@ -39,6 +43,7 @@ def packed_collate(
     pad_to_multiple_of: int | None = None,
     pad_to_max_length: bool = False,
     max_length: int | None = None,
+    vision: VisionInputs | None = None,
 ) -> Batch:
     """Right-padded batch whose position ids restart at every segment; there is no attention mask.
 
@@ -47,25 +52,39 @@ def packed_collate(
     Args:
         samples: B dicts with ``input_ids`` and ``labels`` [T_b], ``lengths`` (tokens of each
             segment, their sum is T_b), ``row_ids`` and, if any has them, ``loss_weights`` [T_b];
-            in a mixture also ``sources`` (one index a segment) and ``source_names``.
+            in a mixture also ``sources`` (one index a segment) and ``source_names``; ``images``, of
+            each segment the list of its images (ImageRef), where there are any.
         pad_token_id: fills ``input_ids`` behind each sample. Given by the Runner.
         pad_to_multiple_of: tokens; rounds the padded length up, so that few lengths occur. None
             pads to the longest sample.
         pad_to_max_length: pad to ``max_length``, so that all batches have one shape.
         max_length: tokens; given by the Runner, from the data set.
+        vision: of a vision tokenizer (given by the Runner): the batch gets ``images``, a batch
+            without any those of a filler segment, a blank image that teaches nothing, so that every
+            rank runs the vision tower at every step.
 
     Returns:
         Batch with input_ids, labels, position_ids int64 [B, T]; cu_seqlens int32 [S + 1];
         loss_weights float32 [B, T] if a sample has them; segment_sources int64 [S] and source_names
-        in a mixture; num_tokens; row_ids.
+        in a mixture; num_tokens; row_ids; images and num_images with ``vision``.
 
     Raises:
-        SampleError: a sample is of the wrong form; it says which and how.
+        SampleError: a sample is of the wrong form, or an image of it cannot be read any more; it
+            says which and how.
         ValueError: no samples, or no length or token to pad with.
     """
     if not samples:
         raise ValueError("packed_collate got no samples; a micro-batch holds at least one")
     all_lengths = [_checked_lengths(sample, index) for index, sample in enumerate(samples)]
+    num_tokens = sum(map(sum, all_lengths))
+    images: dict[str, Any] = {}
+    if vision is not None:
+        images, samples, all_lengths = _with_images(samples, all_lengths, vision)
+    elif any(sample.get("images") for sample in samples):
+        raise ValueError(
+            "samples with images, and the collate_fn has no vision=; use a vision tokenizer "
+            "(load_processor or load_llava_processor)"
+        )
     sizes = [sum(lengths) for lengths in all_lengths]
     width = _padded_width(max(sizes), pad_to_multiple_of, pad_to_max_length, max_length)
     if pad_token_id is None and min(sizes) < width:
@@ -98,8 +117,9 @@ def packed_collate(
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *segments], dtype=np.int32)),
-        num_tokens=sum(sizes),
+        num_tokens=num_tokens,
         row_ids=[list(sample["row_ids"]) for sample in samples],
+        **images,
     )
     if weights is not None:
         batch["loss_weights"] = torch.from_numpy(weights)
@@ -108,6 +128,42 @@ def packed_collate(
         batch["segment_sources"] = torch.tensor([one for row in sources for one in row])
         batch["source_names"] = list(samples[0]["source_names"])
     return batch
+
+
+def _with_images(
+    samples: Sequence[dict[str, Any]], all_lengths: list[list[int]], vision: VisionInputs
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[list[int]]]:
+    """(images and num_images of the batch, the samples, their lengths); a filler where none is."""
+    pictures = []
+    for position, sample in enumerate(samples):
+        try:
+            for refs in sample.get("images") or ():
+                pictures += [ref.open() for ref in refs]
+        except ImageError as error:
+            raise SampleError(position, str(error)) from error
+    samples, all_lengths = list(samples), list(all_lengths)
+    if pictures:
+        inputs = vision.model_inputs(pictures)
+    else:
+        ids, inputs = vision.filler()
+        shortest = min(range(len(samples)), key=lambda index: sum(all_lengths[index]))
+        samples[shortest] = _with_filler(samples[shortest], ids)
+        all_lengths[shortest] = [*all_lengths[shortest], len(ids)]
+    return {"images": inputs, "num_images": len(pictures)}, samples, all_lengths
+
+
+def _with_filler(sample: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+    """The sample and behind it a segment of the ids, without labels."""
+    filled = {
+        **sample,
+        "input_ids": np.concatenate([sample["input_ids"], ids]),
+        "labels": np.concatenate([sample["labels"], np.full(len(ids), IGNORE_INDEX)]),
+    }
+    if sample.get("loss_weights") is not None:
+        filled["loss_weights"] = np.concatenate([sample["loss_weights"], np.ones(len(ids))])
+    if "sources" in sample:
+        filled["sources"] = [*sample["sources"], -1]
+    return filled
 
 
 def _sources(sample: dict[str, Any], padded: bool) -> list[int]:

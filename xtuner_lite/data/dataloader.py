@@ -21,6 +21,7 @@ from xtuner_lite.data.sampler import (
     Ticket,
     isolated_random_state,
 )
+from xtuner_lite.images.vision_inputs import vision_of
 from xtuner_lite.registry import COLLATORS, DATASETS, SAMPLERS
 from xtuner_lite.structures import IGNORE_INDEX, Batch
 
@@ -230,6 +231,7 @@ def build_dataloader(
         collate_fn,
         pad_token_id=getattr(tokenizer, "pad_token_id", None),
         max_length=getattr(dataset, "max_length", None),
+        vision=vision_of(tokenizer),
     )
     plan = StepPlan(sampler, batch_size, accumulative_counts, rank, world_size, drop_last)
     if plan.steps_per_epoch < 1:
@@ -247,13 +249,18 @@ def build_dataloader(
 
 
 def _build_collate(
-    collate_fn: Any, *, pad_token_id: int | None, max_length: int | None
+    collate_fn: Any, *, pad_token_id: int | None, max_length: int | None, vision: Any
 ) -> Callable[[list[dict[str, Any]]], Batch]:
     if callable(collate_fn):
         return collate_fn
     cfg = dict(collate_fn or dict(type="packed_collate"))
     function = COLLATORS.resolve(cfg.pop("type"))
     given: dict[str, Any] = {"pad_token_id": pad_token_id}
-    if "max_length" in inspect.signature(function).parameters:
-        given["max_length"] = max_length
+    takes = inspect.signature(function).parameters
+    if vision is not None and "vision" not in takes:
+        raise ValueError(
+            f"the collate_fn {function.__name__} has no parameter vision, so it would leave the "
+            "images out; take packed_collate, or give it one (see packed_collate's)"
+        )
+    given |= {k: v for k, v in (("max_length", max_length), ("vision", vision)) if k in takes}
     return partial(function, **{**given, **cfg})

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from mmengine.logging import print_log
@@ -36,8 +37,9 @@ from xtuner_lite.data.ledger import Ledger
 from xtuner_lite.data.overlong import OVERLONG, Overlong
 from xtuner_lite.data.packing import Packing, check_packing, pack
 from xtuner_lite.data.parallel import encode_chunks
+from xtuner_lite.data.row_images import image_options, row_images
 from xtuner_lite.data.samples import PackedRows
-from xtuner_lite.data.sources import open_sources
+from xtuner_lite.data.sources import Source, open_sources
 from xtuner_lite.registry import DATASETS, MAP_FNS
 from xtuner_lite.templates.adapter import ChatTemplate
 from xtuner_lite.templates.apply import apply_template
@@ -52,7 +54,11 @@ class ChatDataset(Dataset):
     A sample is a dict: ``input_ids`` int32 [T]; ``labels`` int32 [T], not shifted, IGNORE_INDEX
     where nothing is learnt and on the first token of each segment; ``lengths``, tokens of each
     segment; ``row_ids``, 'file:line' of each segment; ``loss_weights`` float32 [T] if the data has
-    weights.
+    weights; ``images`` if the data has any: of each segment the list of its images (ImageRef).
+
+    Conversations may hold images if the tokenizer is one of load_processor or load_llava_processor.
+    An image's tokens stand in the text where it stands, are never learnt and never cut; its pixels
+    are read when a batch is made. A row whose image cannot be read is a bad row.
 
     Args:
         data: path, folder, glob, hub id; a list of them; a list of dicts; a datasets.Dataset; or
@@ -82,6 +88,7 @@ class ChatDataset(Dataset):
         name: in logs and the ledger; default is the source's name.
         template: of this data set alone, as load_tokenizer's; None takes the tokenizer's. For
             mixtures: the model is exported with the tokenizer's template.
+        image_folder: image paths of the rows lie below it; None: beside the data file.
         data_contract: limits on the ledger, as dict(max_skipped=0.01, max_truncated=0.05,
             require_eos=True, min_supervised=0.1); the run stops where one is broken. A float is a
             share, an int a number. See data/contract.py.
@@ -89,6 +96,7 @@ class ChatDataset(Dataset):
     Attributes:
         ledger: Ledger, what became of every row.
         lengths: int64 [len(self)], tokens of each sample.
+        num_images: int64 [len(self)], images of each sample.
         num_rows: rows kept.
 
     Raises:
@@ -115,6 +123,7 @@ class ChatDataset(Dataset):
         limit: int | None = None,
         name: str | None = None,
         template: str | dict[str, Any] | None = None,
+        image_folder: str | Path | None = None,
         data_contract: DataContract | dict[str, Any] | None = None,
         dataset_map_fn: str | Callable[..., Any] | dict[str, Any] | None = None,
     ) -> None:
@@ -140,7 +149,9 @@ class ChatDataset(Dataset):
             train_thinking=train_thinking,
             on_bad_row=on_bad_row,
         )
-        rows = self._prepared(data, tokenizer, map_fn, options, limit, num_proc, cache)
+        sources = open_sources(data)
+        self._row_images = row_images(tokenizer, sources, image_folder, packing)
+        rows = self._prepared(sources, tokenizer, map_fn, options, limit, num_proc, cache)
         self.ledger = rows.ledger
         self.ledger.name = self.name
         self.ledger.notes += notes
@@ -148,8 +159,9 @@ class ChatDataset(Dataset):
         packs = kept_packs(
             rows, f"{packing}-{max_length}", lambda: pack(rows.lengths, max_length, packing)
         )
-        self._packed = PackedRows(rows, packs)
-        self.lengths = packs.lengths
+        files = None if self._row_images is None else self._row_images.files
+        self._packed = PackedRows(rows, packs, files)
+        self.lengths, self.num_images = packs.lengths, self._packed.num_images()
         self.ledger.lose_supervised(self._packed.num_cut_targets())
         self.ledger.num_samples = len(packs)
         self.ledger.capacity = 0 if packing == "none" else len(packs) * (max_length or 0)
@@ -158,7 +170,7 @@ class ChatDataset(Dataset):
 
     def _prepared(
         self,
-        data: Any,
+        sources: list[Source],
         tokenizer: PreTrainedTokenizerBase,
         map_fn: Any,
         options: dict[str, Any],
@@ -167,7 +179,6 @@ class ChatDataset(Dataset):
         cache: CacheOption,
     ) -> EncodedRows:
         """The encoded rows, from the cache or made now."""
-        sources = open_sources(data)
         function = None if isinstance(map_fn, str) and map_fn == "auto" else map_function(map_fn)
 
         def build() -> tuple[Iterator[EncodedRows], list[str]]:
@@ -182,6 +193,7 @@ class ChatDataset(Dataset):
                 encode_text=partial(encode_text, tokenizer),
                 map_fn=chosen,
                 bos_token_id=tokenizer.bos_token_id,
+                row_images=self._row_images if needs_template else None,
                 **options,
             )
             return _then(encode_chunks(encoder, rows, num_proc), check), notes
@@ -194,7 +206,12 @@ class ChatDataset(Dataset):
                 sources,
                 map_fn="auto" if function is None else function,
                 tokenizer=tokenizer,
-                options={**options, "limit": limit, "dataset": function_digest(type(self))},
+                options={
+                    **options,
+                    "limit": limit,
+                    "dataset": function_digest(type(self)),
+                    **image_options(self._row_images),
+                },
                 memory=kept.memory,
             )
         except NotKeyable as error:

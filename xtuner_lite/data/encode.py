@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from xtuner_lite.data.image_rows import Named, flatten_images, join_images
 from xtuner_lite.data.ledger import Ledger
 from xtuner_lite.data.messages import (
     BadRow,
@@ -26,6 +27,7 @@ from xtuner_lite.data.overlong import (
     split_exchanges,
     split_tokens,
 )
+from xtuner_lite.data.row_images import RowImages, images_in_part
 from xtuner_lite.data.sources import Row
 from xtuner_lite.structures import Message
 from xtuner_lite.templates.adapter import ChatTemplate
@@ -53,6 +55,10 @@ class EncodedRows:
     source: np.ndarray  # int32 [R], index into sources
     line: np.ndarray  # int64 [R]
     ledger: Ledger = field(default_factory=Ledger)
+    # The images of the rows, see data/image_rows.py; None: no row has any.
+    image_text: np.ndarray | None = None  # uint8
+    image_ends: np.ndarray | None = None  # int64 [images]
+    image_counts: np.ndarray | None = None  # int64 [R]
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class RowEncoder:
     on_bad_row: OnBadRow = "raise"
     bos_token_id: int | None = None
     """Kept at the beginning of what is left of a row that starts with it."""
+    row_images: RowImages | None = None
+    """Finds the images of conversations; None: only text can be encoded."""
 
     def encode(self, rows: Sequence[Row]) -> EncodedRows:
         """Encodes a chunk of rows with one call of the tokenizer.
@@ -110,7 +118,7 @@ class RowEncoder:
 
     def _bad(self, row: Row, error: Exception, ledger: Ledger) -> None:
         if self.on_bad_row == "skip":
-            ledger.skip("bad row", row.place, str(error))
+            ledger.skip(getattr(error, "reason", "bad row"), row.place, str(error))
             return
         raise ValueError(
             f"{row.place}: {error}. Correct the row, or set on_bad_row='skip' to skip and count "
@@ -132,12 +140,18 @@ class RowEncoder:
             if not text.strip():
                 raise UnusableRow("the text is empty")
             return text
-        messages = check_messages(mapped["messages"])
+        messages = check_messages(mapped["messages"], images=self.row_images is not None)
         if self.template is None:
             raise BadRow("a conversation, and this data set takes plain text only")
         tools = check_tools(mapped.get("tools"))
+        images: list[Named] = []
+        if self.row_images is not None:
+            messages, images = self.row_images.find(messages)
         layout = self.template.layout(messages, tools, self.train_on, self.train_thinking)
-        return _Chat(messages, tools, layout)
+        if images:
+            assert self.row_images is not None
+            layout = self.row_images.expand(layout, images)
+        return _Chat(messages, tools, layout, images)
 
     def _mapped(self, row: Row) -> dict[str, Any]:
         function = self.map_fn.func if isinstance(self.map_fn, partial) else self.map_fn
@@ -162,14 +176,21 @@ class RowEncoder:
     def _collect(
         self, done: Iterable[tuple[Row, _Chat | None, Encoded]], ledger: Ledger
     ) -> EncodedRows:
-        kept: list[tuple[Row, Encoded]] = []
+        kept: list[tuple[Row, Encoded, list[Named]]] = []
         for row, chat, encoded in done:
+            images = [] if chat is None else chat.images
             try:
-                pieces = self._fit(row, chat, encoded)
+                if images:
+                    piece, images = self._fit_with_images(row, encoded, images)
+                    pieces = [piece]
+                else:
+                    pieces = self._fit(row, chat, encoded)
             except UnusableRow as error:
                 ledger.skip(error.reason, row.place, str(error))
                 continue
-            kept += [(row, piece) for piece in pieces]
+            kept += [(row, piece, images) for piece in pieces]
+            if chat is not None:
+                ledger.show_images(len(images), len(chat.images) - len(images))
             eos_learnt = all(piece.eos_learnt for piece in pieces)
             ledger.keep(
                 _counts(encoded),
@@ -184,11 +205,37 @@ class RowEncoder:
                     ledger.show_thinking(written=self.template.shows["thinking"])
         return _flatten(kept, ledger)
 
-    def _fit(self, row: Row, chat: _Chat | None, encoded: Encoded) -> list[Encoded]:
+    def _fit_with_images(
+        self, row: Row, encoded: Encoded, images: list[Named]
+    ) -> tuple[Encoded, list[Named]]:
+        """The row and its images within max_length; an image is kept whole or not at all."""
+        assert self.row_images is not None
+        limit = self.max_length
+        if limit is None or len(encoded) <= limit or self.overlong in ("raise", "drop"):
+            return self._fit(row, None, encoded)[0], images
+        if self.overlong == "split":
+            raise ValueError(
+                f"{row.place}: {len(encoded)} tokens with {len(images)} image(s), and max_length "
+                f"is {limit}; a row with images cannot be split. Raise max_length, or set "
+                "overlong='truncate', 'truncate_left' or 'drop'."
+            )
+        spans = self.row_images.spans(encoded.input_ids, images)
+        left = self.overlong == "truncate_left"
+        bos = int(left and int(encoded.input_ids[0]) == self.bos_token_id)  # stays in front
+        limit, kept = images_in_part(spans, len(encoded), limit - bos, from_end=left)
+        limit += bos
+        if limit < 2:
+            raise UnusableRow("no room for its image within max_length", f"{len(encoded)} tokens")
+        piece = self._fit(row, None, encoded, limit)[0]
+        return piece, [images[index] for index in kept]
+
+    def _fit(
+        self, row: Row, chat: _Chat | None, encoded: Encoded, limit: int | None = None
+    ) -> list[Encoded]:
         """The row in pieces within max_length. Raises UnusableRow if no learnt token is left."""
         if not encoded.learnt.any():
             raise UnusableRow("nothing in it is learnt", "no assistant message counts")
-        size, limit = len(encoded), self.max_length
+        size, limit = len(encoded), self.max_length if limit is None else limit
         if limit is None or size <= limit:
             return [encoded]
         if self.overlong == "raise":
@@ -241,6 +288,7 @@ class _Chat:
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     layout: Layout
+    images: list[Named] = field(default_factory=list)
 
 
 def _counts(encoded: Encoded) -> tuple[int, int]:
@@ -255,21 +303,22 @@ def _where(error: Exception) -> str:
     return f" ({' -> '.join(steps)})" if steps else ""
 
 
-def _flatten(kept: list[tuple[Row, Encoded]], ledger: Ledger) -> EncodedRows:
+def _flatten(kept: list[tuple[Row, Encoded, list[Named]]], ledger: Ledger) -> EncodedRows:
     sources: dict[str, int] = {}
-    source = [sources.setdefault(row.source, len(sources)) for row, _ in kept]
+    source = [sources.setdefault(row.source, len(sources)) for row, _, _ in kept]
     weights = None
-    if any(encoded.weights is not None for _, encoded in kept):
-        weights = _joined([_weights(encoded) for _, encoded in kept], np.float32)
+    if any(encoded.weights is not None for _, encoded, _ in kept):
+        weights = _joined([_weights(encoded) for _, encoded, _ in kept], np.float32)
     return EncodedRows(
-        input_ids=_joined([encoded.input_ids for _, encoded in kept], np.int32),
-        learnt=_joined([encoded.learnt for _, encoded in kept], np.bool_),
+        input_ids=_joined([encoded.input_ids for _, encoded, _ in kept], np.int32),
+        learnt=_joined([encoded.learnt for _, encoded, _ in kept], np.bool_),
         weights=weights,
-        lengths=np.array([len(encoded) for _, encoded in kept], dtype=np.int64),
+        lengths=np.array([len(encoded) for _, encoded, _ in kept], dtype=np.int64),
         sources=list(sources),
         source=np.array(source, dtype=np.int32),
-        line=np.array([row.line for row, _ in kept], dtype=np.int64),
+        line=np.array([row.line for row, _, _ in kept], dtype=np.int64),
         ledger=ledger,
+        **flatten_images([images for _, _, images in kept]),
     )
 
 
@@ -316,4 +365,5 @@ def join_chunks(chunks: Iterable[EncodedRows], name: str) -> EncodedRows:
         source=_joined(remapped, np.int32),
         line=_joined([part.line for part in parts], np.int64),
         ledger=ledger,
+        **join_images(parts),
     )

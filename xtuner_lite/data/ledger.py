@@ -13,6 +13,7 @@ _SUMS = (
     "rows_with_tools", "rows_tools_unwritten", "rows_with_thinking", "rows_thinking_unwritten",
     "tokens_encoded", "tokens_truncated", "tokens_repeated", "tokens",
     "supervised_encoded", "supervised_truncated", "tokens_supervised",
+    "rows_with_images", "images", "images_cut",
 )  # fmt: skip
 _PLAIN = (*_SUMS, "name", "num_samples", "capacity")
 
@@ -56,6 +57,12 @@ class Ledger:
     """Kept rows with reasoning_content in an answer."""
     rows_thinking_unwritten: int = 0
     """Those of them whose thinking the template does not write: the model never sees it."""
+    rows_with_images: int = 0
+    """Kept rows with images."""
+    images: int = 0
+    """Images in the samples."""
+    images_cut: int = 0
+    """Images of kept rows that max_length left out, whole."""
     tokens_encoded: int = 0
     """Tokens of the kept rows as the template wrote them."""
     tokens_truncated: int = 0
@@ -128,6 +135,12 @@ class Ledger:
         self.rows_with_thinking += 1
         self.rows_thinking_unwritten += not written
 
+    def show_images(self, kept: int, cut: int) -> None:
+        """Counts the images of one kept row: those in its sample, and those max_length cut off."""
+        self.rows_with_images += kept + cut > 0
+        self.images += kept
+        self.images_cut += cut
+
     def lose_supervised(self, num_tokens: int) -> None:
         """Counts learnt tokens that a cut between samples takes the label of."""
         self.tokens_supervised -= num_tokens
@@ -198,7 +211,7 @@ class Ledger:
     def from_dict(cls, saved: dict[str, Any]) -> Ledger:
         """The ledger that ``to_dict`` wrote."""
         return cls(
-            **{name: saved[name] for name in _PLAIN},
+            **{name: saved[name] for name in _PLAIN if name in saved},  # older ones know fewer
             skipped={
                 reason: Skipped(entry["rows"], list(entry["examples"]))
                 for reason, entry in saved["skipped"].items()
@@ -232,6 +245,9 @@ class Ledger:
         lines += self._if_any(
             "  not written by the template!", "rows_thinking_unwritten", self.rows_kept
         )
+        lines += self._if_any("rows with images", "rows_with_images", self.rows_kept)
+        lines += self._if_any("  images", "images", None)
+        lines += self._if_any("  images cut off by max_length", "images_cut", None)
         lines.append(_line("tokens cut off", self.tokens_truncated, self.tokens_encoded))
         lines += self._if_any("  supervised ones", "supervised_truncated", self.supervised_encoded)
         lines += self._if_any("tokens repeated as context", "tokens_repeated", self.tokens)
@@ -242,7 +258,7 @@ class Ledger:
             lines.append(f"  {'packed full to':<40} {self.fill:>20.1%}")
         return "\n".join(lines)
 
-    def _if_any(self, label: str, name: str, whole: int) -> list[str]:
+    def _if_any(self, label: str, name: str, whole: int | None) -> list[str]:
         count = getattr(self, name)
         return [_line(label, count, whole)] if count else []
 

@@ -99,8 +99,8 @@ def _part_text(part: Any, index: int) -> str:
     if not isinstance(part, dict) or part.get("type", "text") != "text":
         kind = part.get("type") if isinstance(part, dict) else part
         raise BadRow(
-            f"message {index}: content part {_shown(kind)} is not text; images need a "
-            "vision-language data set"
+            f"message {index}: content part {_shown(kind)} is not text; images need a tokenizer "
+            "that reads them: tokenizer=dict(type=load_processor, ...) or load_llava_processor"
         )
     text = part.get("text")
     if not isinstance(text, str):

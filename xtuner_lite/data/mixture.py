@@ -78,6 +78,7 @@ class MixtureDataset(Dataset):
         source_names: their names; a sample's ``sources`` are indices into them.
         samples_per_epoch: samples of an epoch; ``len`` counts the distinct ones there are.
         lengths: int64 [len(self)], tokens of each sample; None if a source does not tell.
+        num_images: int64 [len(self)], images of each sample; None if a source does not tell.
         max_length: the largest of the sources'; None if one has no limit.
 
     Raises:
@@ -108,8 +109,8 @@ class MixtureDataset(Dataset):
         self._counts = _samples_of_each(sources, self._used, num_samples, self.source_names)
         self.samples_per_epoch = int(self._counts.sum())
         self._subset_of: dict[tuple[int, int], np.ndarray] = {}
-        lengths = [getattr(dataset, "lengths", None) for dataset in self.datasets]
-        self.lengths = None if any(one is None for one in lengths) else np.concatenate(lengths)
+        self.lengths = self._of_all("lengths")
+        self.num_images = self._of_all("num_images")
         limits = [getattr(dataset, "max_length", None) for dataset in self.datasets]
         self.max_length = None if None in limits else max(limits)
         self.ledger = self._sum_of_ledgers(name)
@@ -119,6 +120,10 @@ class MixtureDataset(Dataset):
     def __len__(self) -> int:
         """Distinct samples of all sources; an epoch may take fewer of them, or some twice."""
         return int(self._offsets[-1])
+
+    def _of_all(self, name: str) -> np.ndarray | None:
+        values = [getattr(dataset, name, None) for dataset in self.datasets]
+        return None if any(one is None for one in values) else np.concatenate(values)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):

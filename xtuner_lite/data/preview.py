@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xtuner_lite.data.segments import Segment, segments_of
+from xtuner_lite.images.files import shown_name
+from xtuner_lite.images.vision_inputs import vision_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from xtuner_lite.images.vision_inputs import VisionInputs
 
 _LEARNT, _PLAIN, _RULE, _RESET = "\033[1;32m", "\033[90m", "\033[36m", "\033[0m"
 _OPEN, _CLOSE = "[[", "]]"
@@ -78,9 +82,13 @@ def render_tokens(
 ) -> str:
     """Tokens [begin, end) of a segment as marked text, see render_preview."""
     pieces = []
+    images = iter(segment.images)
+    vision = vision_of(tokenizer)
     for is_learnt, weight, run in _runs(segment, slice(begin, end)):
         text = tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         text = show_unseen(text)
+        if vision is not None and not is_learnt:
+            text = _shorten_images(text, vision, images)
         if is_learnt and weight != 1:
             text = f"x{weight:g} {text}"
         if not color:
@@ -92,6 +100,30 @@ def render_tokens(
             "\n".join(f"{code}{line}{_RESET}" if line else "" for line in text.split("\n"))
         )
     return "".join(pieces)
+
+
+def _shorten_images(text: str, vision: VisionInputs, images: Iterator[Any]) -> str:
+    """The text with each image's tokens as one note: its name, its size and how many they are."""
+    token = vision.processor.tokenizer.convert_ids_to_tokens(vision.image_token_id)
+    image = next(images, None)
+    at = text.find(token)
+    out = []
+    while at >= 0:
+        count = 0 if image is None else vision.num_image_tokens(image.size)
+        length = count * len(token)
+        if image is None or text[at : at + length] != token * count:  # rows of tiles, or cut
+            length = len(token)
+            while text.startswith(token, at + length):
+                length += len(token)
+            note = f"{token} x{length // len(token)}"
+        else:
+            size = f"{image.size[0]}x{image.size[1]}"
+            note = f"{token} x{count} ({show_unseen(shown_name(image.name))}, {size})"
+            image = next(images, None)
+        out += [text[:at], note]
+        text = text[at + length :]
+        at = text.find(token)
+    return "".join([*out, text])
 
 
 def _runs(segment: Segment, part: slice) -> Iterator[tuple[bool, float, list[int]]]:

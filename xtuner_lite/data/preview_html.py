@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import re
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -19,11 +20,15 @@ from transformers import PreTrainedTokenizerBase
 from xtuner_lite.data.ledger import Ledger
 from xtuner_lite.data.preview import show_unseen
 from xtuner_lite.data.segments import Segment, segments_of
+from xtuner_lite.images.files import ImageError, shown_name
+from xtuner_lite.images.vision_inputs import vision_of
 from xtuner_lite.structures import IGNORE_INDEX
 
 _PAGE = Path(__file__).with_name("preview_page.html")
 #: Most tokens that share one character, such as the bytes of an emoji.
 _MOST_IN_ONE_CHARACTER = 12
+#: Pixels of a thumbnail's longer side.
+_THUMBNAIL = 160
 
 
 def render_page(
@@ -106,12 +111,33 @@ def _segment(segment: Segment, pieces: _Pieces, sample: int, count: int) -> str:
     weights, learnt = segment.target_weights, segment.learnt
     marks = []
     borders = {0, *(np.flatnonzero(np.diff(learnt) | (np.diff(weights) != 0)) + 1).tolist()}
-    for begin, end, text in pieces.of(segment.input_ids, borders):
+    for begin, end, text in pieces.of(segment.input_ids, borders | pieces.image_borders(segment)):
         marks.append(_token(segment, begin, end, text, pieces, weights, begin in borders))
     return (
-        f'<article id="s{sample}-{segment.number}">{head}<div class=text>{"".join(marks)}</div>'
-        "</article>"
+        f'<article id="s{sample}-{segment.number}">{head}{_thumbnails(segment)}'
+        f"<div class=text>{''.join(marks)}</div></article>"
     )
+
+
+def _thumbnails(segment: Segment) -> str:
+    """The segment's images, small, inside the page; what cannot be read says so."""
+    figures = []
+    for image in segment.images:
+        caption = escape(show_unseen(f"{shown_name(image.name)} {image.size[0]}x{image.size[1]}"))
+        try:
+            picture = image.open()
+        except ImageError as error:
+            figures.append(f"<figure><figcaption>{escape(str(error))}</figcaption></figure>")
+            continue
+        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        buffer = io.BytesIO()
+        picture.save(buffer, format="JPEG", quality=80)
+        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        figures.append(
+            f'<figure><img alt="{caption}" src="data:image/jpeg;base64,{data}">'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    return f"<div class=images>{''.join(figures)}</div>" if figures else ""
 
 
 def _token(
@@ -144,10 +170,17 @@ class _Pieces:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        vision = vision_of(tokenizer)
+        self._image_token = -1 if vision is None else vision.image_token_id
         self._special = set(tokenizer.all_special_ids)
         self._special.update(
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         )
+
+    def image_borders(self, segment: Segment) -> set[int]:
+        """Where runs of image tokens begin and end: each is one piece of the page."""
+        is_image = np.concatenate([[False], segment.input_ids == self._image_token, [False]])
+        return set(np.flatnonzero(np.diff(is_image)).tolist())
 
     def is_special(self, token: int) -> bool:
         """Whether a token is one of the tokenizer's special ones."""
@@ -158,6 +191,11 @@ class _Pieces:
         ids = input_ids.tolist()
         begin, before = 0, []
         while begin < len(ids):
+            if ids[begin] == self._image_token:
+                end = next(i for i in range(begin, max(borders) + 1) if i in borders and i > begin)
+                yield begin, end, f"{self._decode(ids[begin : begin + 1])} x{end - begin}"
+                before, begin = [], end
+                continue
             for end in range(begin + 1, min(len(ids), begin + _MOST_IN_ONE_CHARACTER) + 1):
                 text = self._text(before, ids[begin:end])
                 if end in borders or not text.endswith("\N{REPLACEMENT CHARACTER}"):

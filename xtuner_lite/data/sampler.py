@@ -85,9 +85,13 @@ class LengthGroupedSampler(EpochSampler):
         group_size: samples of a step (the Runner fills it in).
         window_steps: steps that are sorted together. Default 50, as transformers': more groups
             better, fewer are closer to a random order.
+        by_modality: samples with images and samples of text alone stand in different steps, but for
+            one step of each window, where they meet: a step of text alone runs the vision tower on
+            next to nothing. Needs the data set's ``num_images``.
 
     Raises:
-        ValueError: the data set has no ``lengths``; window_steps below 1.
+        ValueError: the data set has no ``lengths``, or no ``num_images`` with by_modality;
+            window_steps below 1.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class LengthGroupedSampler(EpochSampler):
         shuffle: bool = True,
         seed: int | None = None,
         window_steps: int = 50,
+        by_modality: bool = False,
     ) -> None:
         super().__init__(num_samples, shuffle=shuffle, seed=seed, dataset=dataset)
         lengths = getattr(dataset, "lengths", None)
@@ -111,6 +116,13 @@ class LengthGroupedSampler(EpochSampler):
         if window_steps < 1:
             raise ValueError(f"window_steps={window_steps!r}; at least 1 step is sorted together")
         self.lengths = np.asarray(lengths)
+        num_images = getattr(dataset, "num_images", None)
+        if by_modality and num_images is None:
+            raise ValueError(
+                f"by_modality=True needs the images of each sample, and {type(dataset).__name__} "
+                "has no attribute 'num_images'. Add it, or leave by_modality out."
+            )
+        self.has_images = np.asarray(num_images) > 0 if by_modality else self.lengths < 0
         self.group_size, self.window_steps = group_size, window_steps
 
     def order(self, epoch: int) -> np.ndarray:
@@ -120,14 +132,14 @@ class LengthGroupedSampler(EpochSampler):
         if not self.shuffle:
             return indices[np.argsort(-lengths, kind="stable")]
         window = np.arange(len(indices)) // (self.group_size * self.window_steps)
-        indices = indices[np.lexsort((-lengths, window))]
+        indices = indices[np.lexsort((-lengths, self.has_images[indices], window))]
         num_full = len(indices) // self.group_size
         whole, rest = np.split(indices, [num_full * self.group_size])
         if not num_full:
             return rest
         steps = whole.reshape(num_full, self.group_size)
         shuffled = np.random.default_rng([self.seed, epoch, 104]).permutation(num_full)
-        longest = int(np.argmax(self.lengths[steps[:, 0]]))
+        longest = int(np.argmax(self.lengths[steps].max(axis=1)))
         first = np.concatenate([[longest], shuffled[shuffled != longest]])
         return np.concatenate([steps[first].reshape(-1), rest])  # the short step stays the last
 

@@ -8,17 +8,27 @@ import numpy as np
 
 from xtuner_lite.data.encode import EncodedRows
 from xtuner_lite.data.fingerprint import array_digest
+from xtuner_lite.data.image_rows import ImageIndex
 from xtuner_lite.data.json_window import show_position
 from xtuner_lite.data.packing import Packs
 from xtuner_lite.data.store import rows_digest
+from xtuner_lite.images.files import ImageFiles
 from xtuner_lite.structures import IGNORE_INDEX
 
 
 class PackedRows:
-    """Encoded rows, cut and joined into samples as ``packs`` says."""
+    """Encoded rows, cut and joined into samples as ``packs`` says.
 
-    def __init__(self, rows: EncodedRows, packs: Packs) -> None:
+    Args:
+        rows: the rows.
+        packs: which pieces of them make a sample; only whole rows if they have images.
+        files: opens the images; None where rows have none.
+    """
+
+    def __init__(self, rows: EncodedRows, packs: Packs, files: ImageFiles | None = None) -> None:
         self.rows, self.packs = rows, packs
+        has_images = files is not None and rows.image_counts is not None
+        self._images = ImageIndex(rows, files) if has_images else None
         self._row_start = np.concatenate([[0], np.cumsum(rows.lengths)])
 
     def __len__(self) -> int:
@@ -43,7 +53,16 @@ class PackedRows:
         }
         if rows.weights is not None:
             sample["loss_weights"] = _gather(rows.weights, start, end)
+        if self._images is not None:
+            sample["images"] = [self._images.of(int(r)) for r in row]
         return sample
+
+    def num_images(self) -> np.ndarray:
+        """int64 [len(self)], images of each sample."""
+        if self._images is None:
+            return np.zeros(len(self), dtype=np.int64)
+        of_pieces = np.concatenate([[0], np.cumsum(self.rows.image_counts[self.packs.row])])
+        return np.diff(of_pieces[self.packs.sample])
 
     def num_cut_targets(self) -> int:
         """Targets lost because a row is cut (packing="concat"): the first of each later piece."""

@@ -29,6 +29,8 @@ class Segment:
     """float32 [T]; None: all 1."""
     source: str | None = None
     """Its data set in a mixture."""
+    images: tuple[Any, ...] = ()
+    """Its images (ImageRef), in the order of their tokens."""
 
     @property
     def title(self) -> str:
@@ -77,6 +79,7 @@ def segments_of(sample: dict[str, Any], index: int = 0) -> list[Segment]:
     row_ids = list(sample.get("row_ids") or [])
     row_ids += ["?"] * (len(lengths) - len(row_ids))
     sources = [sample["source_names"][source] for source in sample.get("sources", ())]
+    images = sample.get("images") or [()] * len(lengths)
     segments, start = [], 0
     for number, length in enumerate(lengths):
         part = slice(start, start + length)
@@ -89,6 +92,7 @@ def segments_of(sample: dict[str, Any], index: int = 0) -> list[Segment]:
                 labels[part],
                 None if weights is None else np.asarray(weights)[part],
                 sources[number] if sources else None,
+                tuple(images[number]),
             )
         )
         start += length
@@ -163,6 +167,8 @@ def rows_alone(sample: dict[str, Any], row_id: str) -> dict[str, Any]:
     }
     if sample.get("loss_weights") is not None:
         alone["loss_weights"] = np.concatenate([segment.weights for segment in chosen])
+    if sample.get("images") is not None:
+        alone["images"] = [list(segment.images) for segment in chosen]
     return alone
 
 

@@ -14,16 +14,19 @@ from typing import IO, Any
 import numpy as np
 
 from xtuner_lite.data.encode import EncodedRows
+from xtuner_lite.data.image_rows import IMAGE_DTYPES
 from xtuner_lite.data.ledger import Ledger
 
 META = "meta.json"
 _FORMAT = 1
 _DTYPES = {
     "input_ids": np.int32, "learnt": np.bool_, "weights": np.float32, "lengths": np.int64,
-    "source": np.int32, "line": np.int64,
+    "source": np.int32, "line": np.int64, **IMAGE_DTYPES,
 }  # fmt: skip
 #: What training sees of the rows; the other arrays say where they are from.
 _TAUGHT = ("input_ids", "learnt", "weights", "lengths")
+#: Arrays that rows may lack, and that then are no files.
+_OPTIONAL = ("weights", *IMAGE_DTYPES)
 
 
 class DamagedStore(ValueError):
@@ -64,16 +67,15 @@ def write_rows(
     finally:
         for file in files.values():
             file.close()
-    weighted = files["weights"].size > 0
+    absent = [name for name in _OPTIONAL if not files[name].size]
     digests = {name: file.digest.hexdigest() for name, file in files.items()}
-    if not weighted:
-        digests["weights"] = ""
+    digests.update(dict.fromkeys(absent, ""))
     meta = {
         **meta,
         "format": _FORMAT,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "sources": list(sources),
-        "bytes": {name: file.size for name, file in files.items() if weighted or name != "weights"},
+        "bytes": {name: file.size for name, file in files.items() if name not in absent},
         "digest": _combined(digests),
         "ledger": ledger.to_dict(),
     }
@@ -87,11 +89,20 @@ def _write_chunk(files: dict[str, _ArrayFile], chunk: EncodedRows, sources: dict
     places = np.array(numbers or [0], dtype=np.int32)[chunk.source]
     weights = files["weights"]
     if chunk.weights is not None and not weights.size:
-        weights.write_ones(files["input_ids"].size // 4)  # the chunks before had none
+        weights.write_all(1, files["input_ids"].size // 4)  # the chunks before had none
     if chunk.weights is not None:
         weights.write(chunk.weights)
     elif weights.size:
-        weights.write_ones(len(chunk.input_ids))
+        weights.write_all(1, len(chunk.input_ids))
+    counts = files["image_counts"]
+    if chunk.image_counts is not None:
+        if not counts.size:
+            counts.write_all(0, files["lengths"].size // 8)
+        counts.write(chunk.image_counts)
+        files["image_ends"].write(chunk.image_ends + files["image_text"].size)
+        files["image_text"].write(chunk.image_text)
+    elif counts.size:
+        counts.write_all(0, len(chunk.lengths))
     for name in ("input_ids", "learnt", "lengths", "line"):
         files[name].write(getattr(chunk, name))
     files["source"].write(places)
@@ -112,10 +123,10 @@ class _ArrayFile:
         self.digest.update(data)
         self.size += len(data)
 
-    def write_ones(self, count: int) -> None:
+    def write_all(self, value: int, count: int) -> None:
         while count:
             part = min(count, 1 << 20)
-            self.write(np.ones(part, dtype=self.dtype))
+            self.write(np.full(part, value, dtype=self.dtype))
             count -= part
 
     def close(self) -> None:
@@ -143,7 +154,8 @@ def open_rows(folder: Path) -> StoredRows:
     if meta.get("format") != _FORMAT or found != meta["bytes"]:
         raise DamagedStore(f"{folder}: its files hold {found} bytes, not {meta['bytes']}")
     arrays = {name: _mapped(folder, name, size) for name, size in found.items()}
-    arrays.setdefault("weights", None)
+    for name in _OPTIONAL:
+        arrays.setdefault(name, None)
     return StoredRows(
         **arrays,
         sources=meta["sources"],
@@ -165,7 +177,7 @@ def rows_digest(rows: EncodedRows) -> str:
     if isinstance(rows, StoredRows):
         return rows.digest
     digests = {}
-    for name in _TAUGHT:
+    for name in (*_TAUGHT, *IMAGE_DTYPES):
         array = getattr(rows, name)
         data = b"" if array is None else np.ascontiguousarray(array, dtype=_DTYPES[name])
         digests[name] = "" if array is None else hashlib.sha256(data).hexdigest()
@@ -173,5 +185,7 @@ def rows_digest(rows: EncodedRows) -> str:
 
 
 def _combined(digests: dict[str, str]) -> str:
-    text = json.dumps([digests[name] for name in _TAUGHT])
+    # Rows without images have the digest that they had before there were any.
+    images = [digests[name] for name in IMAGE_DTYPES if digests[name]]
+    text = json.dumps([digests[name] for name in _TAUGHT] + images)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -14,6 +14,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from xtuner_lite.data.map_fns.recognise import NUM_LOOKED_AT
 from xtuner_lite.data.overlong import Overlong
 from xtuner_lite.data.packing import Packing, pack
 from xtuner_lite.data.parallel import encode_chunks
+from xtuner_lite.data.row_images import image_options, row_images
 from xtuner_lite.data.samples import PackedRows
 from xtuner_lite.data.sources import open_sources
 from xtuner_lite.data.windows import Position, StreamRows, Window, WindowLog
@@ -61,8 +63,8 @@ class StreamDataset(Dataset):
         data: as ChatDataset; also a streamed hub data set: dict(type=load_dataset, ...,
             streaming=True).
         tokenizer: given by the Runner.
-        map_fn, max_length, packing, overlong, train_on, train_thinking, on_bad_row, name: as
-            ChatDataset's. on_bad_row="skip" keeps a long run from ending at one bad row.
+        map_fn, max_length, packing, overlong, train_on, train_thinking, on_bad_row, image_folder,
+            name: as ChatDataset's. on_bad_row="skip" keeps a long run from ending at one bad row.
         window_rows: rows of a window: more shuffle wider and pack tighter, and take longer at once.
         shuffle: shuffle the samples inside each window.
         seed: of that shuffle.
@@ -97,6 +99,7 @@ class StreamDataset(Dataset):
         shuffle: bool = True,
         seed: int = 0,
         cache: CacheOption = "auto",
+        image_folder: str | Path | None = None,
         name: str | None = None,
     ) -> None:
         check_options(max_length, packing, overlong, train_on, on_bad_row, 1, None)
@@ -105,7 +108,9 @@ class StreamDataset(Dataset):
         self.name = name or name_of(data)
         self.max_length, self.packing, self.window_rows = max_length, packing, window_rows
         self.shuffle, self.seed = shuffle, seed
-        self._rows = StreamRows(open_sources(data))
+        sources = open_sources(data)
+        self._rows = StreamRows(sources)
+        self._row_images = row_images(tokenizer, sources, image_folder, packing)
         chosen, notes = _choose(map_fn, self._rows, self.name)
         needs_template = chosen is not MAP_FNS.get("pretrain")
         options: dict[str, Any] = dict(
@@ -120,13 +125,14 @@ class StreamDataset(Dataset):
             encode_text=partial(encode_text, tokenizer),
             map_fn=chosen,
             bos_token_id=tokenizer.bos_token_id,
+            row_images=self._row_images if needs_template else None,
             **options,
         )
         self.fingerprint = _digest(
             {**options, "packing": packing, "max_length": max_length, "window_rows": window_rows,
              "shuffle": shuffle, "seed": seed, "sources": self._rows.identities,
              "tokenizer": tokenizer_digest(tokenizer), "template": template_digest(tokenizer),
-             "map_fn": _code(chosen)}
+             "map_fn": _code(chosen), **image_options(self._row_images)}
         )  # fmt: skip
         key = _digest({"fingerprint": self.fingerprint, **library_versions()})
         root = None if cache is False else cache_root(cache)
@@ -197,7 +203,9 @@ class StreamDataset(Dataset):
         self._rows.check_unchanged()
         if begin == Position(0, 0, 0):
             check_usable(encoded.ledger, self.max_length)
-        packed = PackedRows(encoded, pack(encoded.lengths, self.max_length, self.packing))
+        packs = pack(encoded.lengths, self.max_length, self.packing)
+        files = None if self._row_images is None else self._row_images.files
+        packed = PackedRows(encoded, packs, files)
         encoded.ledger.lose_supervised(packed.num_cut_targets())
         return packed, begin, end
 

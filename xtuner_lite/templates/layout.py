@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from xtuner_lite.structures import Message
+from xtuner_lite.templates.content_parts import as_parts
 
 TrainOn = Literal["assistant", "last", "all"]
 TRAIN_ON: tuple[str, ...] = ("assistant", "last", "all")
@@ -90,6 +91,21 @@ class Renderer:
         self._with_tools = compile_template(with_tools)
         self._globals = {**self._with_tools.globals, **self._plain.globals}
         self._variables = dict(tokenizer.special_tokens_map)
+        self._wants_parts = False
+        self._wants_parts = self._reads_parts_only()
+
+    def _reads_parts_only(self) -> bool:
+        """Whether contents have to be lists of parts: a text would be left out."""
+        mark = "qzprobeqz"
+        try:
+            if mark in self.render([{"role": "user", "content": mark}]):
+                return False
+        except RowRefused:
+            pass
+        try:
+            return mark in self.render([{"role": "user", "content": as_parts(mark)}])
+        except RowRefused:
+            return False
 
     def render(
         self,
@@ -97,7 +113,7 @@ class Renderer:
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
-        """The text of a conversation.
+        """The text of a conversation; contents may be texts or lists of parts.
 
         Raises:
             RowRefused: the template raised; the reason it gave is in the message.
@@ -106,7 +122,7 @@ class Renderer:
         # template.render() would copy all globals, one look-up each, on every call.
         names = {
             **self._globals,
-            "messages": [_normalised(message) for message in messages],
+            "messages": [_normalised(message, self._wants_parts) for message in messages],
             "tools": tools or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -121,10 +137,12 @@ class Renderer:
             ) from error
 
 
-def _normalised(message: Message) -> Mapping[str, Any]:
+def _normalised(message: Message, wants_parts: bool) -> Mapping[str, Any]:
     """The message as templates expect it: no None values, reasoning under both of its names."""
     if None in message.values():
         message = {key: value for key, value in message.items() if value is not None}
+    if wants_parts and "content" in message:
+        message = {**message, "content": as_parts(message["content"])}
     if any(key in message for key in _REASONING_KEYS):
         reasoning = next(message[key] for key in _REASONING_KEYS if key in message)
         return {"thinking": reasoning, **message, "reasoning_content": reasoning}
