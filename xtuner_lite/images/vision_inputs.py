@@ -51,6 +51,13 @@ def give_vision(tokenizer: PreTrainedTokenizerBase, processor: ProcessorMixin) -
     setattr(tokenizer, _ATTRIBUTE, VisionInputs(processor))
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Writes a tokenizer's files, and those of the processor that it carries."""
+    tokenizer.save_pretrained(str(folder))
+    if (vision := vision_of(tokenizer)) is not None:
+        vision.save_pretrained(folder)
+
+
 class VisionInputs:
     """Images as model inputs, and the text that stands in their places.
 

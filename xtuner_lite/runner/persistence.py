@@ -29,7 +29,8 @@ from xtuner_lite.version import __version__
 
 if TYPE_CHECKING:
     from xtuner_lite.data.dataloader import StepDataLoader
-    from xtuner_lite.models.streamed_save import SavePlan
+    from xtuner_lite.images.vision_inputs import save_tokenizer
+from xtuner_lite.models.streamed_save import SavePlan
     from xtuner_lite.runner.runner import Runner
 
 # What must be equal for a resume to be exact, with what to do where it is not.
@@ -59,7 +60,7 @@ class RunSnapshot:
 
     def __init__(self, runner: Runner, *, clone: bool = False) -> None:
         strategy, model = runner.strategy, runner.model
-        names = sorted(trainable_names(model)) if _has_adapter(model) else list(model.state_dict())
+        names = _saved_names(model)
         self.plan = None if clone else _plan_streamed_save(runner)
         if self.plan is None:
             weights = dict(strategy.full_weights(names))
@@ -113,7 +114,7 @@ class RunSnapshot:
         if self.plan is None:
             runner.model.save_pretrained(folder, self.weights)
         if runner.tokenizer is not None:
-            runner.tokenizer.save_pretrained(folder)
+            save_tokenizer(runner.tokenizer, folder)
         save_state(self.meta, trainer, "meta")
         save_state(self.buffers, trainer, "buffers")
         save_state(self.replaced, trainer, "replaced_weights")
@@ -270,8 +271,12 @@ def frozen_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def _has_adapter(model: nn.Module) -> bool:
-    return bool(getattr(model, "has_adapter", False))
+def _saved_names(model: nn.Module) -> list[str]:
+    """Names of the tensors that ``model.save_pretrained`` writes."""
+    if (own := getattr(model, "saved_names", None)) is not None:
+        return own()
+    has_adapter = getattr(model, "has_adapter", False)
+    return sorted(trainable_names(model)) if has_adapter else list(model.state_dict())
 
 
 def _on_cpu(tensor: Tensor, clone: bool) -> Tensor:
