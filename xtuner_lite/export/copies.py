@@ -167,6 +167,7 @@ def convert_pth(
     """
     from xtuner_lite.config import load_config
     from xtuner_lite.models.pth import load_pth
+    from xtuner_lite.images.vision_inputs import save_tokenizer
     from xtuner_lite.registry import MODELS
 
     pth = Path(pth).expanduser()
@@ -180,7 +181,7 @@ def convert_pth(
             raise ExportError(str(error)) from error
         method.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
+            save_tokenizer(tokenizer, folder)
         receipt = Receipt("copy", {"checkpoint": {"name": pth.name, "sha256": sha256_of(pth)}})
         receipt.verification = {"how": "tensors written as read", "tensors": count}
         _check_pth_tensors(folder, method)

@@ -25,12 +25,12 @@ from xtuner_lite.engine.distributed import (
 from xtuner_lite.engine.pieces import PieceReader, copy_to_cpu, trainable_names, write_pieces
 from xtuner_lite.engine.state_io import load_state, save_state
 from xtuner_lite.engine.strategies.fsdp2_sharding import original_class
+from xtuner_lite.images.vision_inputs import save_tokenizer
 from xtuner_lite.version import __version__
 
 if TYPE_CHECKING:
     from xtuner_lite.data.dataloader import StepDataLoader
-    from xtuner_lite.images.vision_inputs import save_tokenizer
-from xtuner_lite.models.streamed_save import SavePlan
+    from xtuner_lite.models.streamed_save import SavePlan
     from xtuner_lite.runner.runner import Runner
 
 # What must be equal for a resume to be exact, with what to do where it is not.
@@ -272,7 +272,7 @@ def frozen_digest(model: nn.Module) -> str:
 
 
 def _saved_names(model: nn.Module) -> list[str]:
-    """Names of the tensors that ``model.save_pretrained`` writes."""
+    """Names of the tensors that ``model.save_pretrained`` writes, and of the buffers."""
     if (own := getattr(model, "saved_names", None)) is not None:
         return own()
     has_adapter = getattr(model, "has_adapter", False)
