@@ -166,8 +166,8 @@ def convert_pth(
         ConfigError: the config cannot be read.
     """
     from xtuner_lite.config import load_config
-    from xtuner_lite.models.pth import load_pth
     from xtuner_lite.images.vision_inputs import save_tokenizer
+    from xtuner_lite.models.pth import load_pth
     from xtuner_lite.registry import MODELS
 
     pth = Path(pth).expanduser()
