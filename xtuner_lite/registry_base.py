@@ -140,10 +140,8 @@ class Registry(MMRegistry):
 
     def unknown(self, key: str) -> str:
         """The message for a name this registry does not know."""
-        return (
-            f"unknown {self.name} {key!r}{did_you_mean(key, self.entries())} "
-            f"See: xtuner-lite list {self.plural}"
-        )
+        hint = did_you_mean(key, self.entries()) or "."
+        return f"unknown {self.name} {key!r}{hint} See: xtuner-lite list {self.plural}"
 
     def _import_path(self, path: str) -> Any:
         parts = path.split(".")

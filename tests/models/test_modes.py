@@ -3,7 +3,7 @@
 import torch
 
 from tests.tiny import tiny_llama
-from xtuner_lite.models.modes import evaluating, preserved_rng, without_progress_bars
+from xtuner_lite.models.modes import evaluating, without_progress_bars
 
 
 def test_evaluating_restores_each_modules_own_mode():
@@ -23,16 +23,6 @@ def test_evaluating_under_autocast_cuts_no_gradient():
             linear(torch.ones(1, 4))
         linear(torch.ones(1, 4)).sum().backward()
     assert linear.weight.grad is not None
-
-
-def test_preserved_rng():
-    torch.manual_seed(0)
-    expected = torch.rand(2)
-    torch.manual_seed(0)
-    with preserved_rng():
-        torch.rand(5)
-        torch.manual_seed(7)
-    assert torch.equal(torch.rand(2), expected)
 
 
 def test_without_progress_bars():

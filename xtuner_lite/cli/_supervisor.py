@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from xtuner_lite.processes import is_running
+
 #: Seconds that ranks get to end by themselves after one failed, by what they agreed on: a rank that
 #: raised is to tell its error; one that hangs has used up its time.
 GRACE_S = {"error": 6.0, "undecided": 4.0, "else": 2.0}
@@ -166,11 +168,7 @@ def how_it_ended(code: int) -> str:
 def _has_ended(pid: int) -> tuple[bool, int | None]:
     """(whether a child ended, its exit code or None where another took it), without reaping it."""
     if not hasattr(os, "waitid"):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True, None
-        return False, None
+        return not is_running(pid), None
     try:
         info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:

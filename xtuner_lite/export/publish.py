@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from xtuner_lite.processes import is_running
 from xtuner_lite.version import __version__
 
 RECEIPT = "export_receipt.json"
@@ -179,18 +180,8 @@ def _clear_leftovers(out: Path) -> None:
     """Removes what a killed process left half-written beside ``out``."""
     for path in out.parent.glob(f".writing-{out.name}-*"):
         number = path.name.rpartition("-")[2]
-        if number.isdigit() and not _is_running(int(number)):
+        if number.isdigit() and not is_running(int(number)):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _flush(folder: Path) -> None:

@@ -28,14 +28,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Leaves torch's random streams (CPU and every CUDA device in use) as they were."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
-
-
-@contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Silences transformers' bars for loading and saving, which a log file cannot show."""
     from transformers.utils import logging

@@ -13,6 +13,7 @@ from typing import Any
 from xtuner_lite.data.ledger import Ledger
 from xtuner_lite.engine.checkpoint import TRAINER_DIR, list_checkpoints
 from xtuner_lite.engine.hooks.metrics_log import METRICS_FILE, read_metrics
+from xtuner_lite.processes import is_running
 from xtuner_lite.runner.run_files import CONFIG_FILE, ENVIRONMENT_FILE
 
 SAMPLES_FILE = "chat_samples.jsonl"
@@ -179,7 +180,7 @@ def _is_held(folder: Path) -> bool:
     owner = re.fullmatch(r"process (\d+) on (.+)", _text(lock).strip())
     if owner is None:
         return False
-    if owner[2] == os.uname().nodename and not _is_alive(int(owner[1])):
+    if owner[2] == os.uname().nodename and not is_running(int(owner[1])):
         return False  # the lock is not even tried: a run that just starts would be turned away
     with lock.open() as file:
         try:
@@ -187,13 +188,3 @@ def _is_held(folder: Path) -> bool:
         except OSError:
             return True
         return False
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
