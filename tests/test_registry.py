@@ -75,7 +75,7 @@ def test_lookup_is_the_same_in_every_scope():
     ("name", "message"),
     [
         ("EMAHok", "unknown hook 'EMAHok'; did you mean 'EMAHook'.* See: xtuner-lite list hooks"),
-        ("zzz", "unknown hook 'zzz' See: xtuner-lite list hooks"),
+        ("zzz", "unknown hook 'zzz'. See: xtuner-lite list hooks"),
         ("mmengine.hooks.EMAHok", "mmengine.hooks has no 'EMAHok'; did you mean 'EMAHook'"),
         ("no_such_package.Hook", "there is no module 'no_such_package'"),
     ],
