@@ -5,14 +5,12 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which Linux has")
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which Linux has")
-def test_holes_in_the_heap_are_given_back():
-    """Every second of 20,000 blocks of 16 KiB is freed: 160 MB of holes that only a trim returns."""
-    code = """
+HEAD = """
 import ctypes
 from pathlib import Path
-from xtuner_lite.models.freed_memory import give_back_freed_memory
+from xtuner_lite.models import freed_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -23,17 +21,47 @@ if not hasattr(libc, "malloc_trim"):
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
-blocks = [libc.malloc(16384) for _ in range(20_000)]
-for block in blocks:
-    ctypes.memset(block, 1, 16384)
-for block in blocks[::2]:
-    libc.free(block)
-before = resident()
-give_back_freed_memory()
-print(before - resident())
+def touched(size):
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
+    return block
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def mib_printed_by(code):
+    done = subprocess.run(
+        [sys.executable, "-c", HEAD + code], capture_output=True, text=True, timeout=60
+    )
     if done.returncode == 77:
         pytest.skip("this C library has no malloc_trim")
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) > 80
+    return float(done.stdout)
+
+
+def test_holes_in_the_heap_are_given_back():
+    """Every second of 20,000 blocks of 16 KiB is freed: 156 MiB of holes that a trim returns."""
+    returned = mib_printed_by("""
+blocks = [touched(16384) for _ in range(20_000)]
+for block in blocks[::2]:
+    libc.free(block)
+before = resident()
+freed_memory.give_back_freed_memory()
+print(before - resident())
+""")
+    assert returned > 80
+
+
+@pytest.mark.parametrize(("call", "least", "most"), [(True, 80, 200), (False, -1, 20)])
+def test_large_blocks_go_back_as_they_are_freed(call, least, most):
+    """100 blocks of 1 MiB between small ones that stay, after a large one raised the threshold."""
+    returned = mib_printed_by(f"""
+libc.free(touched(16 * 2**20))
+if {call}:
+    freed_memory.give_back_large_blocks_at_once()
+pairs = [(touched(2**20), touched(4096)) for _ in range(100)]
+before = resident()
+for large, _ in pairs:
+    libc.free(large)
+print(before - resident())
+""")
+    assert least < returned < most
