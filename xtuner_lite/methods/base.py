@@ -75,16 +75,7 @@ class TrainingMethod(nn.Module, ABC):
             check_vocabulary(model, tokenizer)
             set_stop_tokens(model, tokenizer)
         self.tokenizer = tokenizer
-        if lora is not None:
-            model = add_adapter(model, lora, new_token_ids=new_token_ids(tokenizer))
-        elif getattr(unwrap_adapter(model), "is_quantized", False) and model is unwrap_adapter(
-            model
-        ):
-            raise ValueError(
-                "the base model is quantised and lora is None; quantised weights cannot be "
-                "trained: add lora=dict(type=LoraConfig, ...), or load it without quantization"
-            )
-        self.llm = model
+        self.llm = model = self._adapted(model, lora)
         freeze_parameters(model, freeze=freeze, train_only=train_only)
         if activation_checkpointing:
             base = unwrap_adapter(model)
@@ -96,6 +87,14 @@ class TrainingMethod(nn.Module, ABC):
             base.disable_input_require_grads()
         self.activation_checkpointing = activation_checkpointing
         self.train()
+
+    def _adapted(self, model: PreTrainedModel, lora: Any | None) -> nn.Module:
+        """The model with its adapter, if there is one; what may train wants gradients."""
+        if lora is not None:
+            return add_adapter(model, lora, new_token_ids=new_token_ids(self.tokenizer))
+        if getattr(model, "is_quantized", False) and model is unwrap_adapter(model):
+            refuse_quantised_training()
+        return model
 
     @abstractmethod
     def count_units(self, batch: Batch) -> float:
@@ -113,6 +112,13 @@ class TrainingMethod(nn.Module, ABC):
     def has_adapter(self) -> bool:
         """Whether an adapter is trained instead of the model itself."""
         return unwrap_adapter(self.llm) is not self.llm
+
+    def saved_names(self) -> list[str]:
+        """Names of the tensors that a checkpoint must hold: what is trained, and buffers."""
+        if self.has_adapter:
+            buffers = [name for name, _ in self.named_buffers()]
+            return sorted({*self.trainable_parameters(), *buffers})
+        return list(self.state_dict())
 
     def save_pretrained(
         self, folder: str | Path, state_dict: dict[str, Tensor] | None = None
@@ -189,6 +195,14 @@ def build_llm(llm: nn.Module | dict[str, Any]) -> PreTrainedModel:
     raise TypeError(
         f"llm is {llm!r}; it must be a transformers model or a config with a type; write "
         "llm=dict(type=load_causal_lm, path=...)"
+    )
+
+
+def refuse_quantised_training() -> None:
+    """Raises ValueError: quantised weights are to train."""
+    raise ValueError(
+        "the base model is quantised and lora is None; quantised weights cannot be "
+        "trained: add lora=dict(type=LoraConfig, ...), or load it without quantization"
     )
 
 

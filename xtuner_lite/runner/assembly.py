@@ -9,6 +9,7 @@ from typing import Any
 from mmengine.logging import MessageHub, MMLogger
 
 from xtuner_lite.data.dataloader import StepDataLoader, build_dataloader
+from xtuner_lite.data.question_sets import QuestionSet
 from xtuner_lite.engine.checkpoint import newest_valid_checkpoint, verify_checkpoint
 from xtuner_lite.engine.distributed import Ranks, draw_seed, seed_of_rank, set_randomness
 from xtuner_lite.engine.optim import OptimWrapper
@@ -20,6 +21,7 @@ from xtuner_lite.runner.contract import HookContract
 from xtuner_lite.runner.environment import compile_layers, describe_environment
 from xtuner_lite.runner.loops import EvalLoop, TrainLoop, ValLoop
 from xtuner_lite.runner.persistence import check_equal_data, frozen_digest, read_meta
+from xtuner_lite.runner.reply_loops import REPLY_LOOPS
 from xtuner_lite.runner.run_files import CONFIG_FILE, ENVIRONMENT_FILE
 
 
@@ -157,7 +159,8 @@ class Assembly(HookContract):
         if Path(weights).suffix not in PTH_SUFFIXES:
             self.model.load_pretrained(weights)
         elif self._allow_pth:
-            load_pth(self.model, weights)
+            own = getattr(self.model, "load_pth", None)
+            own(weights) if own is not None else load_pth(self.model, weights)
         else:
             raise ValueError(
                 f"load_from={str(weights)!r} is a pickled checkpoint, which is not opened unasked. "
@@ -192,6 +195,8 @@ class Assembly(HookContract):
     def _build_eval_loop(
         self, stage: str, default: type[EvalLoop], dataloader: StepDataLoader
     ) -> EvalLoop:
+        if isinstance(dataloader.dataset, QuestionSet):  # asked, where other data is measured
+            default = REPLY_LOOPS[stage]
         section = {"type": default, **(self._sections[f"{stage}_cfg"] or {})}
         return LOOPS.build(
             section,

@@ -71,11 +71,17 @@ def estimate(
         max_length: tokens of a sample, for data whose config does not say it.
 
     Raises:
-        EstimateError: the model is not described by load_causal_lm, or the length is not known.
+        EstimateError: the model is not described by load_causal_lm, or sees; or the length is not
+            known.
         ModelNotHereError: there is no config.json of the model.
         ActivationsUnknownError: the model's code cannot be run without its values.
     """
     llm = dict(cfg["model"].items()).get("llm")
+    if "visual_encoder" in cfg["model"]:
+        raise EstimateError(
+            "this config trains a model that sees, and estimate works out language models only; "
+            "run a few steps (train_cfg.max_iters=3) and read the memory in the log"
+        )
     if not isinstance(llm, dict) or MODELS.resolve(llm["type"]) is not load_causal_lm:
         raise EstimateError(
             "estimate reads the model's config.json by the path in model.llm, "

@@ -13,6 +13,7 @@ import torch
 from xtuner_lite.data.dataloader import StepDataLoader
 from xtuner_lite.engine.distributed import Ranks
 from xtuner_lite.engine.metrics import Metric
+from xtuner_lite.engine.reply_metrics import ReplyMetric
 from xtuner_lite.registry import LOOPS, METRICS
 from xtuner_lite.runner.rollback import find_rollback, roll_back
 from xtuner_lite.structures import Batch, LossOutput
@@ -246,9 +247,14 @@ class EvalLoop:
         runner: the runner that owns the parts.
         dataloader: the data.
         evaluator: metrics, or their configs; MeanLoss is always among them.
+
+    Raises:
+        TypeError: the evaluator holds something that is no metric of this loop's kind.
     """
 
     stage = ""
+    always: tuple[str, ...] = ("MeanLoss",)
+    """Metrics that are there without being named."""
 
     def __init__(self, runner: Runner, dataloader: StepDataLoader, evaluator: Any = None) -> None:
         self.runner = runner
@@ -256,14 +262,24 @@ class EvalLoop:
         configs = (
             evaluator if isinstance(evaluator, (list, tuple)) else [evaluator] if evaluator else []
         )
-        self.metrics: list[Metric] = [METRICS.build(dict(type="MeanLoss"))]
-        self.metrics += [METRICS.build(cfg) for cfg in configs]
+        configs = [*(dict(type=name) for name in self.always), *configs]
+        self.metrics: list[Metric] = [METRICS.build(cfg) for cfg in configs]
         for metric in self.metrics:
-            if not isinstance(metric, Metric):
-                raise TypeError(
-                    f"{self.stage}_evaluator holds a {type(metric).__name__}; a metric must "
-                    "subclass xtuner_lite.engine.metrics.Metric (MMEngine's have another contract)"
-                )
+            self._check_metric(metric)
+
+    def _check_metric(self, metric: Any) -> None:
+        """Raises TypeError, which says what to do, for a metric that this loop cannot feed."""
+        if not isinstance(metric, Metric):
+            raise TypeError(
+                f"{self.stage}_evaluator holds a {type(metric).__name__}; a metric must "
+                "subclass xtuner_lite.engine.metrics.Metric (MMEngine's have another contract)"
+            )
+        if isinstance(metric, ReplyMetric):
+            raise TypeError(
+                f"{self.stage}_evaluator holds a {type(metric).__name__}, which scores replies; "
+                f"{self.stage}_dataloader.dataset must be a set of questions (QuestionDataset, "
+                "MMBenchDataset, RefCOCODataset)"
+            )
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
@@ -274,15 +290,7 @@ class EvalLoop:
         runner.model.eval()
         for metric in self.metrics:
             metric.reset()
-        for index, batch in enumerate(self._batches()):
-            runner.call_hook(f"before_{stage}_iter", batch_idx=index, data_batch=batch)
-            runner.mark(f"{stage} batch {index}", runner.iter)
-            output = runner.strategy.forward(move_batch(batch, runner.strategy.device))
-            for metric in self.metrics:
-                metric.update(batch, output)
-            runner.call_hook(
-                f"after_{stage}_iter", batch_idx=index, data_batch=batch, outputs=[output]
-            )
+        self._take_in_all()
         results: dict[str, float] = {}
         runner.mark(f"sums of {stage}", runner.iter)
         for metric in self.metrics:
@@ -293,6 +301,19 @@ class EvalLoop:
         runner.call_hook(f"after_{stage}_epoch", metrics=results)
         runner.call_hook(f"after_{stage}")
         return results
+
+    def _take_in_all(self) -> None:
+        """Runs the model over the data and feeds the metrics."""
+        runner, stage = self.runner, self.stage
+        for index, batch in enumerate(self._batches()):
+            runner.call_hook(f"before_{stage}_iter", batch_idx=index, data_batch=batch)
+            runner.mark(f"{stage} batch {index}", runner.iter)
+            output = runner.strategy.forward(move_batch(batch, runner.strategy.device))
+            for metric in self.metrics:
+                metric.update(batch, output)
+            runner.call_hook(
+                f"after_{stage}_iter", batch_idx=index, data_batch=batch, outputs=[output]
+            )
 
     def _batches(self) -> Iterator[Batch]:
         for micro_batches in self.dataloader:
@@ -315,8 +336,13 @@ class TestLoop(EvalLoop):
 
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on ``device``; everything else as it is."""
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
-    }
+    """The batch with its tensors on ``device``, those of its images too; the rest as it is."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device, non_blocking=True)
+        if isinstance(value, dict):
+            return {key: moved(part) for key, part in value.items()}
+        return value
+
+    return {key: moved(value) for key, value in batch.items()}

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from xtuner_lite.structures import Message
-from xtuner_lite.templates.content_parts import as_parts
+from xtuner_lite.templates.content_parts import as_parts, joined_parts, split_header
 
 TrainOn = Literal["assistant", "last", "all"]
 TRAIN_ON: tuple[str, ...] = ("assistant", "last", "all")
@@ -86,9 +86,10 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._plain = compile_template(tokenizer.get_chat_template())
+        self._image_token, plain = split_header(tokenizer.get_chat_template())
+        self._plain = compile_template(plain)
         with_tools = tokenizer.get_chat_template(tools=[{}])  # a second template in some models
-        self._with_tools = compile_template(with_tools)
+        self._with_tools = compile_template(split_header(with_tools)[1])
         self._globals = {**self._with_tools.globals, **self._plain.globals}
         self._variables = dict(tokenizer.special_tokens_map)
         self._wants_parts = False
@@ -119,16 +120,16 @@ class Renderer:
             RowRefused: the template raised; the reason it gave is in the message.
         """
         template = self._with_tools if tools else self._plain
-        # template.render() would copy all globals, one look-up each, on every call.
-        names = {
-            **self._globals,
-            "messages": [_normalised(message, self._wants_parts) for message in messages],
-            "tools": tools or None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **self._variables,
-        }
         try:
+            # template.render() would copy all globals, one look-up each, on every call.
+            names = {
+                **self._globals,
+                "messages": [self._normalised(message) for message in messages],
+                "tools": tools or None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                **self._variables,
+            }
             return "".join(template.root_render_func(template.new_context(names, shared=True)))
         except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
             roles = ", ".join(str(message.get("role")) for message in messages) or "none"
@@ -136,17 +137,19 @@ class Renderer:
                 f"the chat template refuses the conversation (roles: {roles}): {error}"
             ) from error
 
-
-def _normalised(message: Message, wants_parts: bool) -> Mapping[str, Any]:
-    """The message as templates expect it: no None values, reasoning under both of its names."""
-    if None in message.values():
-        message = {key: value for key, value in message.items() if value is not None}
-    if wants_parts and "content" in message:
-        message = {**message, "content": as_parts(message["content"])}
-    if any(key in message for key in _REASONING_KEYS):
-        reasoning = next(message[key] for key in _REASONING_KEYS if key in message)
-        return {"thinking": reasoning, **message, "reasoning_content": reasoning}
-    return message
+    def _normalised(self, message: Message) -> Mapping[str, Any]:
+        """The message as templates expect it: no None values, reasoning under both of its names."""
+        if None in message.values():
+            message = {key: value for key, value in message.items() if value is not None}
+        content = message.get("content")
+        if self._wants_parts and content is not None:
+            message = {**message, "content": as_parts(content)}
+        elif self._image_token is not None and isinstance(content, list):
+            message = {**message, "content": joined_parts(content, self._image_token)}
+        if any(key in message for key in _REASONING_KEYS):
+            reasoning = next(message[key] for key in _REASONING_KEYS if key in message)
+            return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        return message
 
 
 def lay_out(

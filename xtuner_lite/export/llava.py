@@ -1,0 +1,184 @@
+"""A trained LLaVA as a folder for others: transformers' own form, or XTuner's."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from xtuner_lite.export.llava_check import ImageAnswers, compare_answers, image_answers
+from xtuner_lite.export.llava_xtuner import open_xtuner_folder, write_xtuner_folder
+from xtuner_lite.export.publish import ExportError, Receipt, describe_folder, publishing
+from xtuner_lite.export.sources import copy_tokenizer, newest_checkpoint, tokenizer_folder
+from xtuner_lite.export.tensor_files import parse_size
+from xtuner_lite.export.verify import TOLERANCE
+from xtuner_lite.models.hub import LLAVA_JSON, MODEL_CONFIG
+from xtuner_lite.models.modes import without_progress_bars
+from xtuner_lite.structures import DTYPE_NAMES
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+Form = Literal["hf", "xtuner"]
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_LLAVA_TYPES = ("llava", "llava_mlp")
+
+
+def export_llava(
+    source: str | Path,
+    out: str | Path,
+    *,
+    form: Form = "hf",
+    dtype: str = "keep",
+    llm: str | Path | None = None,
+    visual_encoder: str | Path | None = None,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+) -> Receipt:
+    """Writes what a LLaVA run trained, and compares it with the source on prompts with an image.
+
+    The whole model is held in float32 once, and the written one beside it while they are compared.
+
+    Args:
+        source: a checkpoint of a LLaVA run or its work_dir.
+        out: the folder to make.
+        form: 'hf': a whole LlavaForConditionalGeneration with adapters merged, tokenizer and
+            processor; 'xtuner': projector/, llm_adapter/, visual_encoder_adapter/, and whole parts
+            where they were trained in full.
+        dtype: of an 'hf' folder: 'keep' takes the language model's; or 'bf16', 'fp16', 'fp32'.
+        llm: where the language model lies now; None: where it lay.
+        visual_encoder: the same of the vision tower.
+        max_shard_size: '5GB' or bytes; of each weight file.
+        overwrite: replace a model folder that lies there.
+
+    Raises:
+        ExportError: the source is no LLaVA, its projector has no such form, ``out`` is taken, or
+            the result does not answer like the source.
+    """
+    if form not in ("hf", "xtuner"):
+        raise ExportError(f"form is {form!r}; allowed: 'hf', 'xtuner'")
+    max_bytes = parse_size(max_shard_size)
+    folder = Path(newest_checkpoint(source)).expanduser()
+    model, own_dtype = _open(folder, llm, visual_encoder)
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    depth = getattr(base.config, "projector_depth", 2)
+    if form == "hf" and depth != 2:
+        raise ExportError(
+            f"the projector of {folder} has {depth} layer(s), and transformers' LLaVA has two, so "
+            "it has no Hugging Face form; export it with --format xtuner, or open the folder with "
+            "load_image_text_model"
+        )
+    to_dtype = own_dtype if dtype == "keep" else _dtype_of(dtype)
+    answers = image_answers(model, folder)
+    receipt = Receipt("llava", {}, {"form": form, "max_shard_size": max_bytes})
+    with publishing(out, overwrite=overwrite, sources=(folder,)) as target:
+        if form == "hf":
+            receipt.options["dtype"] = str(to_dtype).removeprefix("torch.")
+            _write_hf(model, target, folder, to_dtype, max_bytes)
+            open_again: Callable[[], Any] = lambda: _open_plain(target)  # noqa: E731
+            tolerance = TOLERANCE[to_dtype]
+        else:
+            write_xtuner_folder(model, target, folder, max_bytes)
+            _copy_tokenizer(folder, target)
+            open_again = lambda: open_xtuner_folder(target, folder, llm, visual_encoder)  # noqa: E731
+            tolerance = TOLERANCE[torch.float32]
+        del model, base  # only its answers are needed beside the written one
+        _check(answers, open_again, tolerance, receipt)
+        receipt.inputs = {"run": describe_folder(source, folder)}
+        receipt.write(target)
+    return receipt
+
+
+def _open(
+    folder: Path, llm: str | Path | None, visual_encoder: str | Path | None
+) -> tuple[Any, torch.dtype]:
+    """The model in float32 with its adapter on it, and the dtype that its parts have on disk."""
+    from transformers import AutoConfig
+
+    from xtuner_lite.models.hub import resolve_model_path
+    from xtuner_lite.models.image_text import load_image_text_model
+    from xtuner_lite.models.llava_files import LlavaParts, is_llava_run
+
+    if not is_llava_run(folder) and not (folder / MODEL_CONFIG).is_file():
+        raise ExportError(
+            f"{folder} holds no LLaVA: neither {LLAVA_JSON} nor {MODEL_CONFIG} is there; give a "
+            "checkpoint of a LLaVA run or its work_dir"
+        )
+    try:
+        if is_llava_run(folder):
+            parts = dict(llm=llm, visual_encoder=visual_encoder)
+            place = resolve_model_path(llm or LlavaParts.read(folder).llm)
+            config = AutoConfig.from_pretrained(str(place))
+        else:
+            parts = {}
+            config = AutoConfig.from_pretrained(str(folder))
+            if config.model_type not in _LLAVA_TYPES:
+                raise ExportError(
+                    f"{folder} holds a {config.model_type!r} model, which has Hugging Face's form "
+                    "already: it needs no export"
+                )
+        model = load_image_text_model(folder, dtype="fp32", **parts)
+    except (FileNotFoundError, ValueError) as error:
+        raise ExportError(str(error)) from error
+    return model.eval(), config.dtype or torch.float32
+
+
+def _write_hf(model: Any, target: Path, source: Path, dtype: torch.dtype, max_bytes: int) -> None:
+    merged: LlavaForConditionalGeneration = model
+    if hasattr(model, "peft_config"):
+        try:
+            merged = model.merge_and_unload(safe_merge=True)
+        except (NotImplementedError, AttributeError) as error:
+            kind = type(model.peft_config["default"]).__name__
+            raise ExportError(
+                f"peft cannot merge a {kind}, so this LLaVA has no form without its adapter; open "
+                "its folder with load_image_text_model"
+            ) from error
+    config = merged.config
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype
+    with without_progress_bars():
+        merged.to(dtype).save_pretrained(str(target), max_shard_size=max_bytes)
+    _copy_tokenizer(source, target)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Tokenizer, template and processor, byte for byte."""
+    if tokenizer_folder(source) is not None:
+        copy_tokenizer(source, target)
+    for name in _PROCESSOR_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _open_plain(folder: Path) -> Any:
+    """As anybody opens it: transformers alone."""
+    from transformers import AutoModelForImageTextToText
+
+    with without_progress_bars():
+        return AutoModelForImageTextToText.from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True
+        ).eval()
+
+
+def _check(
+    answers: ImageAnswers, open_again: Callable[[], Any], tolerance: float, receipt: Receipt
+) -> None:
+    found = compare_answers(answers, open_again(), tolerance)
+    found.check()
+    receipt.verification = {"how": "loaded, with an image", **found.to_dict()}
+    if not answers.has_processor:
+        receipt.notes.append(
+            "the run's folder holds no processor: the image of the check was random numbers, and "
+            "the export cannot turn pictures into inputs by itself"
+        )
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    dtype = getattr(torch, DTYPE_NAMES.get(name, name), None)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ExportError(f"dtype is {name!r}; allowed: 'keep', 'bf16', 'fp16', 'fp32'")
+    return dtype

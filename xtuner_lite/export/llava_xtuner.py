@@ -1,0 +1,204 @@
+"""A LLaVA in XTuner's layout: projector, adapters of each part, whole parts that were trained.
+
+projector/                 config.json, model.safetensors
+llm_adapter/               a peft adapter for the language model alone
+visual_encoder_adapter/    one for the vision tower alone
+llm/, visual_encoder/      where they were trained in full
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from xtuner_lite.export.publish import ExportError
+from xtuner_lite.models.image_text_parts import pattern_of
+from xtuner_lite.models.llava import build_llava, load_visual_encoder
+from xtuner_lite.models.llava_files import (
+    PROJECTOR_DIR,
+    VISUAL_ENCODER_DIR,
+    LlavaParts,
+    is_llava_run,
+    load_projector,
+    read_projector,
+    save_projector,
+)
+from xtuner_lite.models.modes import without_progress_bars
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, PreTrainedModel
+
+LLM_DIR = "llm"
+_ADAPTER_DIRS = {"llm": "llm_adapter", "visual_encoder": "visual_encoder_adapter"}
+_PEFT = "base_model.model."
+
+
+def write_xtuner_folder(model: Any, target: Path, source: Path, max_bytes: int) -> None:
+    """Writes the parts of a LLaVA that were trained.
+
+    Args:
+        model: the LLaVA, or the PeftModel around it; of a run's folder ``source``.
+        target: an empty folder.
+        source: a folder of a LLaVA run, or a whole LLaVA, all of whose parts are then written.
+        max_bytes: of a weight file.
+
+    Raises:
+        ExportError: the adapter is of a kind that cannot be cut in two.
+    """
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    save_projector(base.model.multi_modal_projector, target / PROJECTOR_DIR)
+    if hasattr(model, "peft_config"):
+        _write_adapters(model, base, target, LlavaParts.read(source))
+    if (source / VISUAL_ENCODER_DIR).is_dir():
+        shutil.copytree(source / VISUAL_ENCODER_DIR, target / VISUAL_ENCODER_DIR)
+    if not is_llava_run(source):
+        with without_progress_bars():
+            for name, part in (
+                (LLM_DIR, _language_model(base)),
+                (VISUAL_ENCODER_DIR, _tower(base)),
+            ):
+                part.save_pretrained(str(target / name), max_shard_size=max_bytes)
+
+
+def open_xtuner_folder(
+    folder: Path,
+    source: Path,
+    llm: str | Path | None = None,
+    visual_encoder: str | Path | None = None,
+) -> LlavaForConditionalGeneration:
+    """The LLaVA of XTuner's layout in float32, its adapters opened by plain peft and merged.
+
+    Args:
+        folder: with projector/ and the rest.
+        source: the run's folder, whose notes say where the other parts lie.
+        llm: where the language model lies now; None: where it lay.
+        visual_encoder: the same of the vision tower.
+    """
+    from peft import PeftModel
+
+    from xtuner_lite.models.loading import load_causal_lm
+
+    if is_llava_run(source):
+        parts = LlavaParts.read(source)
+        settings = dict(
+            image_token_id=parts.image_token_id, projector_depth=parts.projector_depth,
+            visual_select_layer=parts.visual_select_layer,
+            visual_select_strategy=parts.visual_select_strategy,
+        )  # fmt: skip
+        places = {"llm": llm or parts.llm, "visual_encoder": visual_encoder or parts.visual_encoder}
+    else:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(str(source))
+        settings = dict(
+            image_token_id=config.image_token_id,
+            projector_depth=getattr(config, "projector_depth", 2),
+            visual_select_layer=config.vision_feature_layer,
+            visual_select_strategy=config.vision_feature_select_strategy,
+        )  # fmt: skip
+        places = {}
+    for name in ("llm", "visual_encoder"):
+        if (folder / name).is_dir():
+            places[name] = folder / name
+    text = load_causal_lm(places["llm"], dtype="fp32", attn="sdpa")
+    tower = load_visual_encoder(places["visual_encoder"], dtype="fp32")
+    model = build_llava(text, tower, **settings)
+    load_projector(model.model.multi_modal_projector, read_projector(folder), folder)
+    if (folder / _ADAPTER_DIRS["llm"]).is_dir():
+        PeftModel.from_pretrained(text, str(folder / _ADAPTER_DIRS["llm"])).merge_and_unload()
+        model.model.language_model, model.lm_head = text.get_decoder(), text.get_output_embeddings()
+    if (folder / _ADAPTER_DIRS["visual_encoder"]).is_dir():
+        adapted = PeftModel.from_pretrained(tower, str(folder / _ADAPTER_DIRS["visual_encoder"]))
+        model.model.vision_tower = adapted.merge_and_unload()
+    return model.eval()
+
+
+def _write_adapters(model: Any, base: Any, target: Path, parts: LlavaParts) -> None:
+    from peft import LoraConfig, get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = model.peft_config["default"]
+    if type(config) is not LoraConfig or getattr(config, "trainable_token_indices", None):
+        raise ExportError(
+            f"a {type(config).__name__} on both parts (or one with new tokens) has no form in "
+            "XTuner's layout; export the whole model: --format hf"
+        )
+    prefixes = {"llm": "model.language_model.", "visual_encoder": "model.vision_tower."}
+    text = _language_model(base)
+    decoder = next(n for n, m in text.named_modules() if m is text.get_decoder())
+    renamed = {"llm": f"{decoder}.", "visual_encoder": ""}
+    places = {"llm": parts.llm, "visual_encoder": parts.visual_encoder}
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    written = set()
+    for part, prefix in prefixes.items():
+        tensors = {}
+        for name, tensor in saved.items():
+            own = name.removeprefix(_PEFT)
+            is_head = part == "llm" and own.startswith("lm_head.")
+            if own.startswith(prefix) or is_head:
+                new = own if is_head else renamed[part] + own.removeprefix(prefix)
+                tensors[_PEFT + new] = tensor.detach().cpu().contiguous()
+                written.add(name)
+        if not tensors:
+            continue
+        folder = target / _ADAPTER_DIRS[part]
+        folder.mkdir()
+        save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+        root = text if part == "llm" else base.model.vision_tower
+        _config_of(config, tensors, root, part, places[part]).save_pretrained(str(folder))
+    if left := sorted(set(saved) - written):
+        raise ExportError(
+            f"the adapter holds {left[0]}, which belongs to neither part, so it has no form in "
+            "XTuner's layout; export the whole model: --format hf"
+        )
+
+
+def _config_of(config: Any, tensors: dict[str, Any], root: Any, part: str, place: str) -> Any:
+    """The adapter config of one part: its targets, its rank and alpha as plain numbers."""
+    own = copy.deepcopy(config)
+    targets = {re.sub(r"\.lora_\w+(\.weight|\.bias)?$", "", n) for n in tensors if ".lora_" in n}
+    targets = {name.removeprefix(_PEFT) for name in targets}
+    all_names = [re.sub(r"\.base_layer$", "", name) for name, _ in root.named_modules()]
+    own.target_modules = pattern_of(targets, all_names)
+    own.inference_mode = True
+    own.base_model_name_or_path = place
+    if part == "visual_encoder":
+        own.task_type = None
+        own.r = next(iter(own.rank_pattern.values()), own.r)
+        own.lora_alpha = next(iter(own.alpha_pattern.values()), own.lora_alpha)
+    own.rank_pattern, own.alpha_pattern = _patterns(config, part)
+    return own
+
+
+def _patterns(config: Any, part: str) -> tuple[dict[str, int], dict[str, int]]:
+    """The rank and alpha patterns of the language model; merge_adapters put the tower's first."""
+    if part == "visual_encoder":
+        return {}, {}
+    kept = [
+        {key: value for key, value in patterns.items() if "vision_tower" not in key}
+        for patterns in (config.rank_pattern or {}, config.alpha_pattern or {})
+    ]
+    return kept[0], kept[1]
+
+
+def _language_model(base: Any) -> PreTrainedModel:
+    """The causal language model inside a LLaVA: the same modules in the form of its own class."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(base.config.text_config))
+    model.config = base.config.text_config
+    decoder = next(name for name, m in model.named_modules() if m is model.get_decoder())
+    model.set_submodule(decoder, base.model.language_model)
+    model.set_output_embeddings(base.lm_head)
+    model.generation_config = copy.deepcopy(base.generation_config)
+    return model
+
+
+def _tower(base: Any) -> PreTrainedModel:
+    return base.model.vision_tower
