@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pattern",
         default=None,
         metavar="PATTERN",
-        help="only names that contain PATTERN, or fit it if it has wildcards ('*qlora*')",
+        help="only configs whose name or folder contains PATTERN, or fits it if it has wildcards "
+        "('*qlora*')",
     )
 
 

@@ -42,17 +42,18 @@ def configs_dir() -> Path:
 
 
 def list_configs(pattern: str | None = None) -> list[ConfigInfo]:
-    """The shipped configs whose name fits, sorted by name; parts that start with '_' are bases.
+    """The shipped configs whose name or folder fits, by name; parts that start with '_' are bases.
 
     Args:
-        pattern: wildcards ('*qlora*') or a part of the name, in any case; None for all.
+        pattern: wildcards ('*qlora*') or a part of the name or folder ('llava'), in any case; None
+            for all.
     """
     root = configs_dir()
     found = []
     for path in root.rglob("*.py"):
         if any(part.startswith("_") for part in path.relative_to(root).parts):
             continue
-        if pattern is None or _fits(path.stem, pattern):
+        if pattern is None or _fits(path.stem, pattern) or _fits(path.parent.name, pattern):
             found.append(ConfigInfo(path.stem, _description(path), path))
     return sorted(found, key=lambda info: info.name)
 

@@ -43,7 +43,10 @@ def llava_image_only_map_fn(row: dict[str, Any]) -> dict[str, Any]:
         if message["role"] == "user":
             images = [p for p in message["content"] if isinstance(p, dict) and p["type"] == "image"]
             if not images:
-                raise BadRow(f"message {index}: no {IMAGE_MARK} in a question")
+                raise BadRow(
+                    f"message {index}: no {IMAGE_MARK} in a question, of which only the image is "
+                    "kept; for conversations about an image use map_fn='llava'"
+                )
             message = {**message, "content": images}
         messages.append(message)
     return {**mapped, "messages": messages}
