@@ -65,3 +65,28 @@ for large, _ in pairs:
 print(before - resident())
 """)
     assert least < returned < most
+
+
+def test_weight_files_are_let_go_of(tmp_path):
+    """64 MiB in a file, of which one tensor of 4 bytes would keep every page that was read."""
+    returned = mib_printed_by(f"""
+import torch
+from safetensors.torch import load_file, save_file
+
+path = {str(tmp_path / "w.safetensors")!r}
+save_file({{"large": torch.ones(16 * 2**20), "small": torch.ones(1)}}, path)
+
+def of_files():
+    rows = Path("/proc/self/status").read_text().splitlines()
+    return int(next(row for row in rows if row.startswith("RssFile")).split()[1]) / 1024
+
+weights = load_file(path)
+model = torch.nn.Module()
+model.small = torch.nn.Parameter(weights.pop("small"))
+weights.pop("large").sum()
+before = of_files()
+freed_memory.let_go_of_weight_files(model)
+assert model.small.item() == 1
+print(before - of_files())
+""")
+    assert returned > 50

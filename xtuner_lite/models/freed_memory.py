@@ -7,6 +7,8 @@ import gc
 import sys
 from typing import Any
 
+from torch import nn
+
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _MAPPED_BYTES = 128 * 1024  # its own threshold, before it grows
 
@@ -32,6 +34,17 @@ def give_back_large_blocks_at_once() -> None:
     """
     if (mallopt := _of_c_library("mallopt")) is not None:
         mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
+def let_go_of_weight_files(model: nn.Module) -> None:
+    """Copies the parameters that were not quantised out of the mapped weight files.
+
+    As long as one tensor lies in a mapped file, every page of it that was read, of weights that are
+    long quantised too, counts as the process's memory.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.dtype.is_floating_point:
+            parameter.data = parameter.data.clone()
 
 
 def _of_c_library(name: str) -> Any | None:

@@ -112,12 +112,14 @@ def load_transformers_model(
     Raises:
         FileNotFoundError, ImportError, ValueError: see load_causal_lm.
     """
+    import torch
     from transformers import AutoConfig
 
     import xtuner_lite.models.attention  # noqa: F401  (registers packed_sdpa)
     from xtuner_lite.models.freed_memory import (
         give_back_freed_memory,
         give_back_large_blocks_at_once,
+        let_go_of_weight_files,
     )
     from xtuner_lite.models.modes import without_progress_bars
 
@@ -131,6 +133,8 @@ def load_transformers_model(
             f"the installed transformers; {instead}, or set trust_remote_code=True if its "
             "own code is to be run"
         )
+    if quantization is not None and not torch.cuda.is_available():
+        give_back_large_blocks_at_once()  # before loading, which has the most of them
     # A bar helps a person who waits, and only clutters a log file.
     with nullcontext() if sys.stderr.isatty() else without_progress_bars():
         model = auto_class.from_pretrained(
@@ -143,8 +147,7 @@ def load_transformers_model(
             **kwargs,
         )
     if quantization is not None:
-        if model.device.type == "cpu":
-            give_back_large_blocks_at_once()
+        let_go_of_weight_files(model)
         give_back_freed_memory()
     # What an adapter's config will call its base: an id others can fetch, else this folder.
     is_made_here = (folder / SOURCE_RECEIPT).is_file()  # from a wheel, or InternLM2's layout
