@@ -93,7 +93,8 @@ def in_process(rounds: int, num_tokens: int) -> dict[str, Any]:
     """Both sides in turns: each question, so many rounds, the order changing."""
     from transformers import AutoModelForCausalLM
 
-    from xtuner_lite.chat.session import ChatSession, load_for_chat
+    from xtuner_lite.chat.load import load_for_chat
+    from xtuner_lite.chat.session import ChatSession
     from xtuner_lite.models.hub import resolve_model_path
     from xtuner_lite.models.sampling import Sampling
     from xtuner_lite.templates import ChatTemplate

@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig
 
 from tests.tiny import tiny_llama, tiny_speaker, tiny_tokenizer
-from xtuner_lite.chat.session import ChatSession, load_for_chat
+from xtuner_lite.chat.load import load_for_chat
+from xtuner_lite.chat.session import ChatSession
 from xtuner_lite.data.messages import check_messages
 from xtuner_lite.data.readers import READERS
 from xtuner_lite.methods.sft import SupervisedFinetune
@@ -150,7 +151,7 @@ def test_types_and_places(folders):
 def test_a_model_larger_than_memory_answers_from_the_disk(folders, monkeypatch):
     """All of it, the embedding too, is on the disk; an adapter beside it would be left out."""
     spread = {"device_map": "auto", "max_memory": {"cpu": 1000}, "offload_folder": folders / "x"}
-    monkeypatch.setattr("xtuner_lite.chat.session.placement", lambda *args, **options: spread)
+    monkeypatch.setattr("xtuner_lite.chat.load.placement", lambda *args, **options: spread)
     model, tokenizer = load_for_chat(folders / "base")
     assert all(parameter.is_meta for parameter in model.parameters())
     for temperature in (0.0, 1e-3):

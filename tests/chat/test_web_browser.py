@@ -1,6 +1,7 @@
 """The page in a browser: clicks, streaming, two visitors, scripts that must not run."""
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -18,7 +19,12 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from tests.chat.seeing import save_seeing
 from tests.chat.web_pages import Parrot, served
+from xtuner_lite.chat.load import load_for_chat
+from xtuner_lite.chat.session import ChatSession
+from xtuner_lite.chat.web.answerer import Answerer
+from xtuner_lite.models.sampling import Sampling
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -90,6 +96,10 @@ class Visitor:
         self.until(lambda: len(self.texts()) == num_before + 2)
         if wait:
             self.until(self.is_done)
+
+    def upload(self, path):
+        self.find("#question input[type=file]").send_keys(str(path))
+        self.until(lambda: self.find("#question .thumbnail-item, #question img"))
 
     def is_done(self):
         return self.find("#send").is_displayed() and self.find("#retry").is_enabled()
@@ -262,3 +272,34 @@ def test_the_password_is_typed_in_the_page(visit):
         visitor.until(lambda: visitor.find("#question textarea").is_displayed())
         visitor.ask("hello")
         assert visitor.texts() == ["hello", "1: hello"]
+
+
+def test_a_picture_is_uploaded_seen_and_asked_about_again(visit, tmp_path):
+    root = tmp_path / "see"
+    root.mkdir()
+    files = save_seeing(root)
+    loaded = load_for_chat(files["whole"])
+    session = ChatSession(*loaded, sampling=Sampling(max_new_tokens=8))
+    start = Sampling(max_new_tokens=8)
+    with served(Answerer(*loaded), sampling=start) as (url, _):
+        visitor = visit(url)
+        assert "pictures can be" in visitor.find("#question textarea").get_attribute("placeholder")
+        visitor.upload(files["red"])
+        visitor.find("#question textarea").send_keys("What?", Keys.ENTER)
+        visitor.until(lambda: visitor.texts() and visitor.is_done())
+        assert visitor.texts()[-1] == session.reply("What?", [files["red"]]).strip()
+        (picture,) = visitor.driver.find_elements(By.CSS_SELECTOR, "#chat img[src*='red.png']")
+        visitor.until(lambda: int(picture.get_attribute("naturalWidth")) == 40)
+        (share,) = visitor.driver.find_elements(By.CSS_SELECTOR, "#chat [aria-label=Share]")
+        assert not share.is_displayed()
+        assert not visitor.driver.find_elements(By.CSS_SELECTOR, "#question img")
+        if folder := os.environ.get("SCREENSHOTS"):
+            visitor.driver.save_screenshot(f"{folder}/picture.png")
+
+        visitor.upload(files["damaged"])
+        visitor.find("#question textarea").send_keys("And this?", Keys.ENTER)
+        visitor.until(lambda: "damaged.png is no image" in visitor.find("#notice").text)
+        assert visitor.find("#question textarea").get_attribute("value") == "And this?"
+        if folder:
+            visitor.driver.save_screenshot(f"{folder}/damaged.png")
+        assert visitor.hosts() == []

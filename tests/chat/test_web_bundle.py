@@ -21,6 +21,7 @@ from gradio_client import Client
 from packaging.requirements import Requirement
 from peft import LoraConfig
 
+from tests.chat.seeing import save_seeing
 from tests.chat.test_web_server import SETTINGS, ask, texts
 from tests.tiny import tiny_speaker, tiny_tokenizer
 from xtuner_lite.cli import web_demo
@@ -117,6 +118,18 @@ def test_ids_and_wheels_are_fetched_where_it_runs(tmp_path):
     readme = (tmp_path / "id/README.md").read_text(encoding="utf-8")
     assert yaml.safe_load(readme.split("---\n")[1])["models"] == ["owner/model"]
     assert not (tmp_path / "id/model").exists()
+
+
+def test_a_model_that_sees_is_bundled_with_what_images_need(folders, tmp_path):
+    files = save_seeing(tmp_path)
+    assert bundle(files["whole"], "--bundle", tmp_path / "page") == 0
+    assert "pillow==" in (tmp_path / "page/requirements.txt").read_text(encoding="utf-8")
+    assert (tmp_path / "page/model/processor_config.json").is_file()
+    assert bundle(folders / "base", "--bundle", tmp_path / "text") == 0
+    assert "pillow==" not in (tmp_path / "text/requirements.txt").read_text(encoding="utf-8")
+    for words in ((files["run"],), (files["llm"], "--llava", files["run"])):
+        with pytest.raises(ExportError, match="run of a LLaVA.*xtuner-lite convert llava"):
+            bundle(*words, "--bundle", tmp_path / "run_page")
 
 
 def test_what_cannot_be_bundled_is_told(folders, made, tmp_path):

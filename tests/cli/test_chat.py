@@ -313,7 +313,7 @@ def test_a_model_larger_than_memory(folder, capsys, monkeypatch):
     def load(*args, **options):
         raise MemoryError("3 GB asked for")
 
-    monkeypatch.setattr("xtuner_lite.chat.session.load_for_chat", load)
+    monkeypatch.setattr("xtuner_lite.chat.load.load_for_chat", load)
     told = refused(capsys, folder, "-p", "x", code=1)
     assert "does not fit into memory (3 GB asked for); try --bits 4" in told
 

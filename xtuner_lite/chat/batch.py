@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xtuner_lite.data.map_fns.llava import IMAGE_MARK, with_images
 from xtuner_lite.data.messages import BadRow, UnusableRow, check_messages
 from xtuner_lite.data.readers import READERS, suffix_of
+from xtuner_lite.images.files import ImageError
+from xtuner_lite.images.turns import local_name, user_turn
 from xtuner_lite.structures import Message
 
 if TYPE_CHECKING:
@@ -35,6 +38,10 @@ class BatchRow:
 def read_batch(path: Path) -> list[BatchRow]:
     """All prompts of a file: a line each (.txt), or rows with "prompt" or "messages" (JSON).
 
+    Rows may have "images" (or "image"): paths from the file's folder, or data URIs, which stand
+    where the texts have an <image> mark, before a prompt without marks. Messages may hold them as
+    image parts, too. Only their names are looked at here.
+
     Raises:
         BatchError: no such file, another type, or a row that is no prompt, with its line.
     """
@@ -48,25 +55,54 @@ def read_batch(path: Path) -> list[BatchRow]:
         try:
             if error is not None:
                 raise BadRow(error)
-            rows.append(_batch_row({"prompt": data["text"]} if suffix == ".txt" else data))
-        except (BadRow, UnusableRow) as reason:
+            row = {"prompt": data["text"]} if suffix == ".txt" else data
+            rows.append(_batch_row(row, path.absolute().parent))
+        except (BadRow, UnusableRow, ImageError) as reason:
             raise BatchError(f"{path}:{line}: {reason}") from reason
     if not rows:
         raise BatchError(f"{path} holds no prompt; write one a line, or rows with a 'prompt'")
     return rows
 
 
-def _batch_row(data: Any) -> BatchRow:
+def _batch_row(data: Any, folder: Path) -> BatchRow:
     if not isinstance(data, dict) or ("prompt" in data) == ("messages" in data):
         raise BadRow('a row is an object with either "prompt" or "messages"')
     if "messages" in data:
-        messages = check_messages(data["messages"], images=True)  # which the model's turn refuses
+        asked = data["messages"]
+        if isinstance(asked, list) and (images := _images(data)):
+            asked = with_images(asked, images)
+        messages = check_messages(asked, images=True)  # which a model of text refuses in its turn
         if messages[-1]["role"] == "assistant":
             raise BadRow("the last message is the assistant's; there is nothing to answer")
-        return BatchRow(data, messages)
-    if not isinstance(data["prompt"], str):
-        raise BadRow(f'"prompt" is {data["prompt"]!r}; it must be text')
-    return BatchRow(data, check_messages([{"role": "user", "content": data["prompt"]}]))
+        return BatchRow(data, [_placed(message, folder) for message in messages])
+    prompt, images = data["prompt"], _images(data)
+    if not isinstance(prompt, str):
+        raise BadRow(f'"prompt" is {prompt!r}; it must be text')
+    if images and IMAGE_MARK in prompt:
+        asked = with_images([{"role": "user", "content": prompt}], images)
+    else:
+        asked = [user_turn(prompt, images)]
+    return BatchRow(data, [_placed(m, folder) for m in check_messages(asked, images=True)])
+
+
+def _images(data: dict[str, Any]) -> list[Any]:
+    images = data.get("images") or data.get("image") or []
+    return images if isinstance(images, list) else [images]
+
+
+def _placed(message: Message, folder: Path) -> Message:
+    """The message with its images' names as absolute paths."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    parts = []
+    for part in content:
+        if part["type"] == "image":
+            if not isinstance(part["image"], str):
+                raise BadRow(f"an image is {part['image']!r:.60}; it must be a path or a data URI")
+            part = {**part, "image": local_name(part["image"], folder)}
+        parts.append(part)
+    return {**message, "content": parts}
 
 
 def answer_batch(session: ChatSession, rows: list[BatchRow]) -> Iterator[dict[str, Any]]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtuner_lite.chat.terminal_output import print_reply, tell_unreadable
+from xtuner_lite.images.files import ImageError
+from xtuner_lite.images.turns import local_image, shown_image
 from xtuner_lite.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -17,6 +20,7 @@ COMMANDS = {
     "/help": "this list",
     "/clear": "forget the conversation; the system message stays",
     "/system TEXT": "set the system message; without TEXT show it; - removes it",
+    "/image FILE": "show a picture with the next question; several in a row; - takes them back",
     "/retry": "answer the last message again",
     "/save FILE": "write the conversation as OpenAI messages (.json or .jsonl)",
     "/exit": "leave (Ctrl-D does too); Ctrl-C stops a reply",
@@ -38,20 +42,29 @@ class TerminalChat:
         session: the conversation.
         bot_name: shown in front of replies.
         streamed: show replies as they come.
+        images: paths of pictures for the first question.
     """
 
     def __init__(
-        self, session: ChatSession, *, bot_name: str = "bot", streamed: bool = True
+        self,
+        session: ChatSession,
+        *,
+        bot_name: str = "bot",
+        streamed: bool = True,
+        images: Sequence[str] = (),
     ) -> None:
         self._session = session
         self._bot_name = bot_name
         self._streamed = streamed
         self._is_dialogue = True
+        self._images = list(images)  # for the next question
 
     def converse(self) -> None:
         """Reads and answers until /exit or the end of input."""
         _edit_lines()
         print("/help lists the commands, /exit leaves, Ctrl-C stops a reply")
+        if self._images:
+            self._tell_images()
         while True:
             try:
                 text = _read_turn("\nyou> ")
@@ -66,7 +79,7 @@ class TerminalChat:
                 if self._leaves(text.strip()):
                     return
             elif text.strip():
-                self._reply(self._session.send(text.strip()))
+                self._reply(self._send(text.strip()))
 
     def answer_lines(self) -> None:
         """Each line of piped input is a turn; only replies go to stdout.
@@ -82,7 +95,12 @@ class TerminalChat:
                 if self._leaves(text):
                     return
             elif text:
-                print_reply(self._session.send(text), streamed=self._streamed)
+                print_reply(self._send(text), streamed=self._streamed)
+
+    def _send(self, text: str) -> Generator[str, None, None]:
+        """Asks, with the pictures that wait for a question."""
+        images, self._images = self._images, []
+        return self._session.send(text, images) if images else self._session.send(text)
 
     def _reply(self, pieces: Generator[str, None, None]) -> None:
         """Shows a reply; what goes wrong with one turn does not end a conversation."""
@@ -132,6 +150,7 @@ class TerminalChat:
 
     def _clear(self, argument: str) -> None:
         self._session.clear()
+        self._images = []
         self._say("forgotten")
 
     def _system(self, text: str) -> None:
@@ -139,8 +158,32 @@ class TerminalChat:
             self._session.system = None if text == "-" else text
         self._say(f"system message: {self._session.system or 'the default of the template'}")
 
+    def _image(self, name: str) -> None:
+        """Keeps a picture for the next question. In a pipe, what cannot be seen ends the run."""
+        if name == "-":
+            self._images = []
+        elif name and not self._session.reads_images:
+            self._refuse("this model reads text only; name an image-text model to show it pictures")
+            return
+        elif name:
+            try:
+                self._images.append(local_image(_typed_path(name))[0])
+            except ImageError as error:
+                self._refuse(str(error))
+                return
+        self._tell_images()
+
+    def _refuse(self, why: str) -> None:
+        if not self._is_dialogue:
+            raise ImageError(why)
+        self._say(f"error: {why}")
+
+    def _tell_images(self) -> None:
+        names = ", ".join(map(shown_image, self._images))
+        self._say(f"with the next question: {names or 'no picture; /image FILE adds one'}")
+
     def _retry(self, argument: str) -> None:
-        if self._session.last_text is None:
+        if not self._session.has_asked:
             self._say("there is nothing to answer again; ask something first")
             return
         sampling = self._session.sampling
@@ -157,6 +200,15 @@ class TerminalChat:
             self._say(f"saved: {self._session.save(name)}")
         except (OSError, ValueError) as error:
             self._say(f"error: {error}")
+
+
+def _typed_path(text: str) -> str:
+    """A path as it was typed, or as terminals write one that is dropped on them."""
+    if Path(text).expanduser().exists():
+        return text
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    return text.replace("\\ ", " ")
 
 
 def _edit_lines() -> None:

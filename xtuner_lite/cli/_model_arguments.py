@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xtuner_lite.chat.image_models import reads_text_only
 from xtuner_lite.models.hub import resolve_model_path
 from xtuner_lite.structures import DTYPE_NAMES
 
@@ -38,6 +39,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--adapter", metavar="DIR", help="adapter, checkpoint or work_dir to put on MODEL"
+    )
+    group.add_argument(
+        "--llava",
+        metavar="DIR",
+        help="checkpoint or work_dir of a LLaVA run whose language model is MODEL now; without "
+        "it, name the run itself as MODEL",
+    )
+    group.add_argument(
+        "--visual-encoder",
+        metavar="PATH",
+        help="where the vision tower of a LLaVA run lies now (default: where it lay)",
     )
     group.add_argument(
         "--prompt-template",
@@ -73,16 +85,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(args: argparse.Namespace) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load_model(
+    args: argparse.Namespace, *, with_images: bool = False
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model and tokenizer that the arguments name, ready to answer.
+
+    Args:
+        args: of add_model_arguments.
+        with_images: it is to be asked about images.
 
     Raises:
         ModelArgumentError: a mistake in the arguments; most are told before torch is imported.
         ModelTooLargeError: it does not fit into memory.
     """
     try:
-        _check_before_torch(args)
-        return _load(args)
+        _check_before_torch(args, with_images)
+        model, tokenizer = _load(args)
+        if with_images and getattr(tokenizer, "vision", None) is None:
+            raise _sees_nothing(args)
+        return model, tokenizer
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, ModelArgumentError):
             raise
@@ -90,9 +111,27 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, PreTrainedTokenizer
         raise ModelArgumentError(str(text)) from error
 
 
-def _check_before_torch(args: argparse.Namespace) -> None:
-    if not Path(args.model).expanduser().exists():
-        resolve_model_path(args.model, hub=args.hub)  # a mistyped path is told within a second
+def _sees_nothing(args: argparse.Namespace) -> ModelArgumentError:
+    return ModelArgumentError(
+        f"an image was given, and {args.model} reads text only; name an image-text model or the "
+        "run of a LLaVA, or leave the image out"
+    )
+
+
+def _check_before_torch(args: argparse.Namespace, with_images: bool) -> None:
+    folder = Path(args.model).expanduser()
+    if not folder.exists():
+        folder = resolve_model_path(args.model, hub=args.hub)  # a mistyped path is told at once
+    if with_images and args.llava is None and reads_text_only(folder):
+        raise _sees_nothing(args)
+    for option, path in (("--llava", args.llava), ("--visual-encoder", args.visual_encoder)):
+        if path is not None and not Path(path).expanduser().exists():
+            if option == "--visual-encoder":
+                resolve_model_path(path, hub=args.hub)
+                continue
+            raise ModelArgumentError(
+                f"no folder {path!r} for {option}; give a checkpoint or the work_dir of a LLaVA run"
+            )
     if args.adapter is not None and not Path(args.adapter).expanduser().is_dir():
         raise ModelArgumentError(
             f"no adapter folder {args.adapter!r}; give the folder that an adapter was saved in, a "
@@ -114,7 +153,7 @@ def _check_before_torch(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     import torch  # seconds, so only now
 
-    from xtuner_lite.chat.session import load_for_chat
+    from xtuner_lite.chat.load import load_for_chat
     from xtuner_lite.models.modes import without_progress_bars
 
     try:
@@ -122,6 +161,8 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, PreTrainedTokenizerBase]
             model, tokenizer = load_for_chat(
                 args.model,
                 adapter=args.adapter,
+                llava=args.llava,
+                visual_encoder=args.visual_encoder,
                 template=args.prompt_template,
                 bits=args.bits,
                 dtype=None if args.torch_dtype == "auto" else args.torch_dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import xtuner_lite
+from xtuner_lite.chat.image_models import sees_images
 from xtuner_lite.models.hub import ADAPTER_CONFIG, WHEEL_PREFIX
 
 #: What the page imports itself; the rest comes with these.
@@ -114,7 +116,8 @@ def write_bundle(args: argparse.Namespace, *, bot_name: str) -> str:
         arguments = _arguments(args, model, adapter, template, bot_name)
         lines = "\n".join(f"    {json.dumps(word, ensure_ascii=False)}," for word in arguments)
         _write(folder / "app.py", _APP.format(arguments=lines))
-        _write(folder / "requirements.txt", _requirements(args, model))
+        sees = sees_images(folder / model) if model == "model" else None
+        _write(folder / "requirements.txt", _requirements(args, model, sees=sees))
         _write(folder / "README.md", _readme(bot_name, model, adapter))
         attributes = [f"{pattern} filter=lfs diff=lfs merge=lfs -text" for pattern in _LARGE]
         _write(folder / ".gitattributes", "\n".join(attributes) + "\n")
@@ -131,8 +134,14 @@ def _put_weights(args: argparse.Namespace, folder: Path) -> tuple[str, str | Non
     from xtuner_lite.export.copies import copy_checkpoint
     from xtuner_lite.export.publish import RECEIPT, ExportError
     from xtuner_lite.export.sources import adapter_folder, newest_checkpoint
+    from xtuner_lite.models.llava_files import is_llava_run
     from xtuner_lite.models.loading import split_adapter_path
 
+    if args.llava is not None or is_llava_run(newest_checkpoint(args.model)):
+        raise ExportError(
+            f"{args.llava or args.model} is the run of a LLaVA, whose parts lie elsewhere; make "
+            "one folder of it first, and bundle that: xtuner-lite convert llava"
+        )
     base, own = split_adapter_path(newest_checkpoint(args.model))
     if own is not None and args.adapter is not None:
         raise ExportError(
@@ -216,8 +225,18 @@ def _arguments(
     return [model, *words, *(name for name, is_on in switches.items() if is_on)]
 
 
-def _requirements(args: argparse.Namespace, model: str) -> str:
+def _requirements(args: argparse.Namespace, model: str, *, sees: bool | None) -> str:
+    """What pip installs there.
+
+    Args:
+        args: those of ``web-demo``.
+        model: MODEL as it is called inside the folder.
+        sees: whether it reads images; None: it is fetched there, and not known here.
+    """
     names = list(PACKAGES)
+    if sees is not False:  # what image processors need; the second one not all of them
+        names += ["pillow"]
+        names += ["torchvision"] if importlib.util.find_spec("torchvision") else []
     names += ["gguf"] if model.startswith(WHEEL_PREFIX) else []
     names += ["bitsandbytes"] if args.bits else []
     names += ["modelscope"] if args.hub == "modelscope" else []

@@ -51,7 +51,15 @@ def _add_talk_arguments(group: argparse._ArgumentGroup) -> None:
         "--batch",
         metavar="FILE",
         help="answer each prompt of a file: a .txt with one per line, or .json/.jsonl rows with "
-        "'prompt' or 'messages'",
+        "'prompt' or 'messages' (and 'images')",
+    )
+    group.add_argument(
+        "--image",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="for models that see: pictures that the prompt, or the first question, is about",
     )
     group.add_argument(
         "--out", metavar="FILE", help="for --batch: a new file for the JSON lines (default: stdout)"
@@ -111,15 +119,16 @@ def _run(args: argparse.Namespace) -> int:
     from xtuner_lite.chat.terminal_output import print_reply
 
     sampling, system = _sampling(args), _system(args)
+    images = _images(args)
     prompt = _prompt(args)
     if args.batch is not None:
         return _run_batch(args, sampling, system)
     session = _open_session(args, sampling, system)
     streamed = not args.no_streamer
     if prompt is not None:
-        print_reply(session.send(prompt), streamed=streamed)
+        print_reply(session.send(prompt, images), streamed=streamed)
         return 0
-    talk = TerminalChat(session, bot_name=args.bot_name, streamed=streamed)
+    talk = TerminalChat(session, bot_name=args.bot_name, streamed=streamed, images=images)
     talk.converse() if sys.stdin.isatty() else talk.answer_lines()
     return 0
 
@@ -184,11 +193,25 @@ def _prompt(args: argparse.Namespace) -> str | None:
     return text
 
 
+def _images(args: argparse.Namespace) -> list[str]:
+    """The paths of --image, each of which can be read."""
+    if args.image and args.batch is not None:
+        raise ChatError(
+            "--image goes with a prompt or a dialogue; the rows of --batch name their own: "
+            '{"prompt": "...", "images": ["a.png"]}'
+        )
+    if not args.image:
+        return []
+    from xtuner_lite.images.turns import local_image
+
+    return [local_image(name)[0] for name in args.image]
+
+
 def _open_session(args: argparse.Namespace, sampling: Sampling, system: str | None) -> ChatSession:
     from xtuner_lite.chat.terminal_output import Waiting
 
     with Waiting(f"loading {args.model}"):
-        model, tokenizer = load_model(args)
+        model, tokenizer = load_model(args, with_images=bool(args.image))
     from xtuner_lite.chat.session import ChatSession
 
     return ChatSession(model, tokenizer, system=system, sampling=sampling)

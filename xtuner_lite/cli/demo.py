@@ -134,7 +134,8 @@ def _ask_train_ask(
 
 def _ask(model_path: str, adapter: Path | None = None) -> list[str]:
     """Greedy answers to the five questions, each in a conversation of its own."""
-    from xtuner_lite.chat.session import ChatSession, load_for_chat
+    from xtuner_lite.chat.load import load_for_chat
+    from xtuner_lite.chat.session import ChatSession
     from xtuner_lite.models.generate import Sampling
     from xtuner_lite.models.modes import without_progress_bars
 

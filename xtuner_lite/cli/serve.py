@@ -14,6 +14,8 @@ from xtuner_lite.cli._model_arguments import add_model_arguments, load_model
 HELP = "serve a model or an adapter to programs, as OpenAI's API"
 
 _KEY_VARIABLE = "XTUNER_LITE_API_KEY"
+#: Largest requests: of texts, and with a few photographs in base64.
+_TEXT_BYTES, _IMAGE_BYTES = 1 << 20, 20 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,9 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-request-bytes",
         type=_count,
-        default=1 << 20,
         metavar="N",
-        help="largest request (default: 1048576)",
+        help=f"largest request (default: {_TEXT_BYTES}; {_IMAGE_BYTES} for a model that sees)",
     )
     group.add_argument(
         "--max-waiting",
@@ -108,7 +109,8 @@ def _serve(args: argparse.Namespace, opened: object, api_key: str | None) -> int
         served,
         line,
         api_key=api_key,
-        max_request_bytes=args.max_request_bytes,
+        max_request_bytes=args.max_request_bytes
+        or (_IMAGE_BYTES if served.reads_images else _TEXT_BYTES),
         max_new_tokens=args.max_new_tokens,
         hosts=None if api_key is not None else {"localhost", "127.0.0.1", "[::1]", args.host},
     )

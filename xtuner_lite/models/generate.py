@@ -6,17 +6,15 @@ order of the calls, and none disturbs another's text or random numbers.
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -26,6 +24,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from xtuner_lite.models.generation_setup import (
+    generating_with,
+    greedy_config,
+    input_device,
+    model_inputs,
+    prompt_of,
+    room,
+)
 from xtuner_lite.models.modes import evaluating
 from xtuner_lite.models.packed_forward import unwrap_adapter
 from xtuner_lite.models.reply_text import ReplyText
@@ -60,8 +66,8 @@ def generate_reply(
     sample in the middle of a training run changes nothing in it.
 
     Args:
-        model: a causal language model, or a PeftModel around one.
-        tokenizer: carries the chat template.
+        model: a causal language model or an image-text model, or a PeftModel around one.
+        tokenizer: carries the chat template; for images a vision tokenizer.
         messages: the conversation so far; the last turn is not the assistant's.
         tools: JSON schemas of tools, for the template.
         should_stop: when set, the reply ends after the current token, or before its first one
@@ -72,16 +78,17 @@ def generate_reply(
 
     Raises:
         TypeError: an option Sampling does not know.
-        ValueError: an option out of its range, a message that is not text, a template that refuses
-            the conversation, or a prompt that fills the model's context.
+        ValueError: an option out of its range, a part of a message that the tokenizer cannot read
+            (an image, for one of text; an image file that is damaged), a template that refuses the
+            conversation, or a prompt that fills the model's context.
     """
     options = Sampling(**sampling)
     stats = stats if stats is not None else ReplyStats()
     template = ChatTemplate(tokenizer)
-    prompt = template.prompt_ids(_plain_messages(messages), tools)
+    prompt, images = prompt_of(template, messages, tools)
     stats.prompt_tokens = len(prompt)
     base = unwrap_adapter(model)
-    max_new_tokens = min(options.max_new_tokens, _room(base, len(prompt)))
+    max_new_tokens = min(options.max_new_tokens, room(base, len(prompt)))
     listener = _Listener(ReplyText(tokenizer, options.stop_words), should_stop, stats, on_text)
     with ExitStack() as stack:
         try:
@@ -89,15 +96,15 @@ def generate_reply(
         except GaveUpWaiting:
             stats.finish_reason = "cancelled"
             return ""
-        config = _generation_config(base, template, max_new_tokens, options.repetition_penalty)
+        config = greedy_config(base, template, max_new_tokens, options.repetition_penalty)
         listener.stop_ids = frozenset(config.eos_token_id)
         stack.enter_context(evaluating(model))
-        stack.enter_context(_generating_with(base, config))
-        input_ids = torch.tensor([prompt], device=_input_device(base))
+        stack.enter_context(generating_with(base, config))
+        input_ids = torch.tensor([prompt], device=input_device(base))
         # Not PeftModel.generate, which would put its own generation config back into the model;
         # the adapter's layers are inside the model itself.
         base.generate(
-            input_ids=input_ids,
+            **model_inputs(base, input_ids, images),
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,
             logits_processor=_processors(options, input_ids.device),
@@ -147,78 +154,6 @@ def stream_reply(
         worker.join()
     if failures:
         raise failures[0]
-
-
-def _plain_messages(messages: Sequence[Message]) -> list[Message]:
-    """The messages with text in the place of lists of text parts.
-
-    Raises:
-        ValueError: a part is something else. A template may print it as it stands, or drop it.
-    """
-    plain: list[Message] = []
-    for number, message in enumerate(messages, start=1):
-        content = message.get("content")
-        if isinstance(content, list):
-            for part in content:
-                if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-                    kind = part.get("type", "unknown") if isinstance(part, dict) else part
-                    raise ValueError(
-                        f"message {number} ({message['role']}) holds a part of type {kind!r}; this "
-                        "model reads text only: leave the part out, or describe it in words"
-                    )
-            message = {**message, "content": "".join(part["text"] for part in content)}
-        plain.append(message)
-    return plain
-
-
-def _input_device(base: nn.Module) -> torch.device:
-    """Where token ids go: to the embedding, or to where accelerate brings an offloaded one."""
-    device = base.get_input_embeddings().weight.device
-    hook = getattr(base, "_hf_hook", None)
-    return torch.device(hook.execution_device) if device.type == "meta" and hook else device
-
-
-def _room(base: nn.Module, num_prompt: int) -> float:
-    """Tokens the model can add to a prompt of that length.
-
-    Raises:
-        ValueError: none.
-    """
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None:
-        return math.inf
-    if num_prompt >= limit:
-        raise ValueError(
-            f"the conversation has {num_prompt} tokens and the model sees {limit} at once; "
-            "shorten it or start anew"
-        )
-    return limit - num_prompt
-
-
-def _generation_config(
-    base: nn.Module, template: ChatTemplate, max_new_tokens: int, repetition_penalty: float
-) -> GenerationConfig:
-    tokenizer = template.tokenizer
-    stops = template.stop_token_ids(getattr(base, "generation_config", None))
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=repetition_penalty,
-        eos_token_id=stops,
-        pad_token_id=stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        use_cache=True,
-        do_sample=False,  # see _Draw
-    )
-
-
-@contextmanager
-def _generating_with(base: nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """Puts ``config`` in the model's place for its own, which would fill in what it leaves open."""
-    own = base.generation_config
-    base.generation_config = config
-    try:
-        yield
-    finally:
-        base.generation_config = own
 
 
 def _processors(sampling: Sampling, device: torch.device) -> LogitsProcessorList:

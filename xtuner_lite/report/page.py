@@ -11,6 +11,7 @@ from typing import Any
 
 from xtuner_lite.data.preview import show_unseen
 from xtuner_lite.engine.hooks.console import format_number
+from xtuner_lite.images.turns import shown_text
 from xtuner_lite.report.curves import draw_curves
 from xtuner_lite.report.run_record import RunRecord
 from xtuner_lite.report.words import LANGUAGES, WORDS
@@ -139,8 +140,8 @@ def _answers(answers: dict[int, str], steps: list[int], words: dict[str, str]) -
 def _question(messages: list[dict[str, Any]]) -> str:
     """A single question as it is; a conversation with its roles."""
     if len(messages) == 1:
-        return str(messages[0].get("content"))
-    return "\n".join(f"{m.get('role')}: {m.get('content')}" for m in messages)
+        return shown_text(messages[0].get("content"))
+    return "\n".join(f"{m.get('role')}: {shown_text(m.get('content'))}" for m in messages)
 
 
 def _text_section(heading: str, text: str, style: str = "") -> str:

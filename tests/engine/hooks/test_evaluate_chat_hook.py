@@ -6,8 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.chat.seeing import save_seeing
 from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.vision_parts import picture
 from xtuner_lite.engine.hooks.evaluate_chat_hook import EvaluateChatHook
+from xtuner_lite.models.image_text import load_image_text_model
+from xtuner_lite.models.processors import load_processor
+from xtuner_lite.report.page import render_report
+from xtuner_lite.report.run_record import RunRecord
 
 
 class Texts:
@@ -160,3 +166,66 @@ def test_bad_options_are_refused(tmp_path):
     runner.tokenizer = None
     with pytest.raises(ValueError, match="needs a tokenizer"):
         EvaluateChatHook(["Hello"]).before_train(runner)
+
+
+# ------------------------------------------------------------------ images
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    return save_seeing(tmp_path_factory.mktemp("see"))
+
+
+def seeing_runner(work_dir, seeing):
+    runner = make_runner(work_dir)
+    runner.model.llm = load_image_text_model(seeing["whole"])
+    runner.tokenizer = load_processor(seeing["whole"])
+    return runner
+
+
+def test_questions_about_images(tmp_path, seeing, caplog):
+    red, blue = str(seeing["red"]), str(seeing["blue"])
+    parts = [{"type": "image", "image": picture("green")}, {"type": "text", "text": "What?"}]
+    questions = [
+        dict(image=red, text="What?"),
+        dict(image=[blue, red], text="Which?"),
+        [{"role": "user", "content": parts}],
+        "What?",
+    ]
+    runner = seeing_runner(tmp_path, seeing)
+    hook = EvaluateChatHook(questions, system="Look.", max_new_tokens=6, at_end=False)
+    train(runner, hook)
+    samples = records(tmp_path)
+    assert [len(sample["messages"]) for sample in samples] == [2, 2, 1, 2]
+    assert [part.get("image") for part in samples[1]["messages"][1]["content"]] == [blue, red, None]
+    assert samples[2]["messages"][0]["content"][0]["image"] == "image of 40x30 pixels"
+    assert len({sample["reply"] for sample in samples}) == 4
+    (_, text, _) = runner.visualizer.texts[0]
+    for shown in ("> [red.png] What?", "> [blue.png] [red.png] Which?", "> What?"):
+        assert shown in text
+        assert shown in caplog.text
+    page = render_report(RunRecord(tmp_path, samples=samples))
+    assert "user: [blue.png] [red.png] Which?" in page
+    assert "[image of 40x30 pixels] What?" in page
+
+
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [("none.png", "the image none.png does not exist"), ("{damaged}", "no image that Pillow")],
+)
+def test_an_image_that_cannot_be_read_is_told_before_training(tmp_path, seeing, image, told):
+    hook = EvaluateChatHook([dict(image=image.format(**seeing), text="What?")])
+    with pytest.raises(ValueError, match=f"EvaluateChatHook: .*{told}"):
+        hook.before_train(seeing_runner(tmp_path, seeing))
+
+
+def test_an_image_for_a_tokenizer_of_text_is_told_before_training(tmp_path, seeing):
+    hook = EvaluateChatHook([dict(image=str(seeing["red"]), text="What?")])
+    with pytest.raises(ValueError, match="has an image, and the tokenizer reads text only"):
+        hook.before_train(make_runner(tmp_path))
+
+
+@pytest.mark.parametrize("question", [dict(image="a.png"), dict(images="a", text="b"), 3])
+def test_a_question_of_no_known_form(question):
+    with pytest.raises(ValueError, match="allowed: a text, dict"):
+        EvaluateChatHook([question])

@@ -75,7 +75,11 @@ def build_app(
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         _check_name(body.model, served)
-        order = read_order(body, max_new_tokens=max_new_tokens or served.context)
+        order = read_order(
+            body,
+            max_new_tokens=max_new_tokens or served.context,
+            reads_images=served.reads_images,
+        )
         _check_room(line)
         await asyncio.to_thread(served.check, order)
         options = body.stream_options

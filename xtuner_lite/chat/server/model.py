@@ -6,10 +6,12 @@ import time
 from typing import TYPE_CHECKING
 
 from xtuner_lite.chat.server.errors import bad_request
+from xtuner_lite.chat.server.images import check_images
 from xtuner_lite.chat.server.request import ReplyOrder
 from xtuner_lite.chat.server.tool_calls import CallForm, call_form
+from xtuner_lite.images.vision_inputs import vision_of
 from xtuner_lite.models.packed_forward import unwrap_adapter
-from xtuner_lite.templates import ChatTemplate, RowRefused
+from xtuner_lite.templates import ChatTemplate, RowRefused, TemplateError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,8 +25,8 @@ class ServedModel:
     """A model under the name that requests give.
 
     Args:
-        model: a causal language model, or a PeftModel around one.
-        tokenizer: carries the chat template.
+        model: a causal language model or an image-text model, or a PeftModel around one.
+        tokenizer: carries the chat template; for images a vision tokenizer.
         name: the name it is served under.
     """
 
@@ -37,18 +39,25 @@ class ServedModel:
         self.context: int = getattr(config, "max_position_embeddings", None) or _UNKNOWN_CONTEXT
         """Tokens of prompt and reply together."""
         self._template = ChatTemplate(tokenizer)
+        self._vision = vision_of(tokenizer)
         self.call_form: CallForm | None = call_form(self._template)
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether user messages may hold images."""
+        return self._vision is not None
+
     def check(self, order: ReplyOrder) -> None:
-        """Whether the model can read a request; takes the time of tokenising it.
+        """Whether the model can read a request; takes the time of tokenising it, and of decoding
+        its images.
 
         Raises:
             ApiError: (400) the template refuses it or leaves a part of it out, or it is too long.
         """
         self._check_template_writes(order)
         try:
-            num_tokens = len(self._template.prompt_ids(order.messages, order.tools))
-        except RowRefused as error:
+            num_tokens = self._num_tokens(order)
+        except (RowRefused, TemplateError) as error:
             raise bad_request(str(error), "messages") from error
         if num_tokens >= self.context:
             raise bad_request(
@@ -57,6 +66,19 @@ class ServedModel:
                 "messages",
                 "context_length_exceeded",
             )
+
+    def _num_tokens(self, order: ReplyOrder) -> int:
+        if self._vision is None:
+            return len(self._template.prompt_ids(order.messages, order.tools))
+        for index, message in enumerate(order.messages):
+            content = message.get("content") or ""
+            texts = [content] if isinstance(content, str) else [p.get("text", "") for p in content]
+            for text in texts:
+                self._vision.check_no_image_token(text, f"messages[{index}]")
+        sizes = check_images(order.messages)
+        text = self._template.render_prompt(order.messages, order.tools)
+        text = self._vision.expand(text, sizes)
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _check_template_writes(self, order: ReplyOrder) -> None:
         """Refuses what the template would leave out: the model would never see it."""

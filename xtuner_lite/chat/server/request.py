@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from xtuner_lite.chat.server.errors import bad_request
+from xtuner_lite.chat.server.images import read_image_part
 from xtuner_lite.data.messages import BadRow, check_messages, check_tools
 from xtuner_lite.models.sampling import Sampling
 from xtuner_lite.structures import Message
@@ -41,6 +42,14 @@ _NOT_SERVED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 _PARTS = ("text", "refusal")
+_WITH_IMAGES = "this model reads parts of type 'text' and 'image_url'"
+#: (whether the model reads images, whether a user speaks) -> what may stand in the message.
+_PARTS_OF = {
+    (True, True): _WITH_IMAGES,
+    (True, False): "images stand in user messages: send parts of type 'text'",
+    (False, True): "this model reads text only: send parts of type 'text'",
+    (False, False): "this model reads text only: send parts of type 'text'",
+}
 
 
 class StreamOptions(BaseModel):
@@ -88,18 +97,21 @@ class ReplyOrder:
     """Tool calls that the answer may hold; None is any number."""
 
 
-def read_order(request: ChatRequest, *, max_new_tokens: int) -> ReplyOrder:
+def read_order(
+    request: ChatRequest, *, max_new_tokens: int, reads_images: bool = False
+) -> ReplyOrder:
     """What a request asks of the model.
 
     Args:
         request: the body.
         max_new_tokens: longest reply the server gives.
+        reads_images: whether user messages may hold images, as data URIs.
 
     Raises:
         ApiError: (400) something in it cannot be served; the message says what to do.
     """
     _check_fields(request)
-    messages = _read_messages(request.messages)
+    messages = _read_messages(request.messages, reads_images)
     tools = _read_tools(request)
     sampling = Sampling(
         max_new_tokens=_read_limit(request, max_new_tokens),
@@ -162,7 +174,7 @@ def _read_stop(stop: str | list[str] | None) -> tuple[str, ...]:
     return words
 
 
-def _read_messages(given: list[dict[str, Any]]) -> list[Message]:
+def _read_messages(given: list[dict[str, Any]], reads_images: bool) -> list[Message]:
     messages = []
     for index, message in enumerate(given):
         where = f"messages[{index}]"
@@ -179,13 +191,15 @@ def _read_messages(given: list[dict[str, Any]]) -> list[Message]:
                     "unknown_parameter",
                 )
         kept = {name: message[name] for name in _MESSAGE_KEYS if message.get(name) is not None}
-        kept["content"] = _read_content(message.get("content"), where)
+        kept["content"] = _read_content(
+            message.get("content"), where, _PARTS_OF[reads_images, role == "user"]
+        )
         if role == "developer":  # OpenAI's newer word
             kept["role"] = "system"
         if role == "assistant":
             kept["loss"] = False  # an earlier answer may be empty; nothing is learnt here
         try:
-            checked = check_messages([kept])[0]
+            checked = check_messages([kept], images=reads_images)[0]
         except BadRow as error:
             text = str(error).replace("message 0", where)
             raise bad_request(text, where) from error
@@ -194,25 +208,29 @@ def _read_messages(given: list[dict[str, Any]]) -> list[Message]:
     return messages
 
 
-def _read_content(content: Any, where: str) -> Any:
-    """Text as it is; parts of text as one text."""
+def _read_content(content: Any, where: str, readable: str) -> Any:
+    """Text as it is; parts of text as one text; parts with images among them as parts."""
     if content is None:
         return ""
     if not isinstance(content, list):
         return content
-    texts = []
+    parts: list[dict[str, Any]] = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image_url" and readable == _WITH_IMAGES:
+            parts.append(read_image_part(part, f"{where}.content[{index}]"))
+            continue
         text = part.get(kind) if kind in _PARTS else None
         if not isinstance(text, str):
             raise bad_request(
-                f"{where}.content[{index}] is a part of type {_shown(kind)}; this model reads text "
-                "only: send parts of type 'text'",
+                f"{where}.content[{index}] is a part of type {_shown(kind)}; {readable}",
                 f"{where}.content[{index}]",
                 "unsupported_content",
             )
-        texts.append(text)
-    return "".join(texts)
+        parts.append({"type": "text", "text": text})
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
 
 
 def _read_tools(request: ChatRequest) -> list[dict[str, Any]] | None:

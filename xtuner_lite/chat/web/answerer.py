@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from xtuner_lite.chat.web.conversation import Side
+from xtuner_lite.images.vision_inputs import vision_of
 from xtuner_lite.models.generate import generate_reply
 from xtuner_lite.models.sampling import ReplyStats, Sampling
 from xtuner_lite.models.turns import GaveUpWaiting, Turns
@@ -33,13 +34,15 @@ class Answerer:
     The adapter is switched off and on again inside a turn, so no other answer can see it off.
 
     Args:
-        model: a causal language model, or a PeftModel around one. Nothing else may use it.
-        tokenizer: carries the chat template.
+        model: a causal language model or an image-text model, or a PeftModel around one. Nothing
+            else may use it.
+        tokenizer: carries the chat template; for pictures a vision tokenizer.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.has_adapter = hasattr(model, "peft_config")
+        self.reads_images = vision_of(tokenizer) is not None
         self.no_base_because = _no_base_because(model)
         self._turns = Turns()
         self._asking: dict[threading.Event, threading.Thread] = {}  # by what stops them

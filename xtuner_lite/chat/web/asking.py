@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 from xtuner_lite.chat.web.answerer import Answerer
-from xtuner_lite.chat.web.conversation import Conversation, Side, Turn
+from xtuner_lite.chat.web.conversation import Conversation, Side, Turn, without_folders
 from xtuner_lite.chat.web.words import WORDS
 from xtuner_lite.models.sampling import ReplyStats, Sampling
 
@@ -27,7 +27,8 @@ class Progress:
 
     Args:
         notice: a sentence for the visitor; '' for none.
-        question: text to put back into the input, so that it can be changed; None leaves it.
+        question: text to put back into the input, so that it can be changed, with the pictures;
+            None leaves it.
     """
 
     notice: str = ""
@@ -40,6 +41,7 @@ def ask(
     question: str,
     sampling: Sampling,
     *,
+    pictures: Sequence[str] = (),
     sides: tuple[Side, ...] = ("model",),
     system: str = "",
     language: str = "en",
@@ -55,13 +57,14 @@ def ask(
         conversation: gets the turn; ``is_answering`` while this runs.
         question: what is asked.
         sampling: how tokens are chosen.
+        pictures: paths of the files that it is about.
         sides: who is asked, in this order.
         system: the system message; '' leaves it to the template.
         language: of the notices, a key of WORDS.
         is_retry: the turn takes the place of the last one, which comes back if it fails.
     """
     before = list(conversation.turns)
-    turn = Turn(question)
+    turn = Turn(question, tuple(pictures))
     conversation.is_answering = True
     conversation.should_stop.clear()
     notice = ""
@@ -74,7 +77,8 @@ def ask(
             if notice or conversation.should_stop.is_set():
                 break
     except ValueError as error:  # the conversation's fault; told in the page, which lives on
-        notice = WORDS[language]["failed"].format(error=error)
+        told = without_folders(str(error), [*conversation.pictures, *pictures])
+        notice = WORDS[language]["failed"].format(error=told)
     except Exception as error:  # ours: the console gets the traceback, visitors no paths of files
         logger.exception("an answer failed")
         notice = WORDS[language]["broken"].format(error=type(error).__name__)

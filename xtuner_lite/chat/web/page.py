@@ -14,10 +14,12 @@ import gradio as gr
 
 from xtuner_lite.chat.web.answerer import Answerer
 from xtuner_lite.chat.web.asking import ask
-from xtuner_lite.chat.web.conversation import Conversation, Side
+from xtuner_lite.chat.web.conversation import Conversation, Side, Turn
+from xtuner_lite.chat.web.pictures import box_value, check_pictures, place_picture_box, read_box
 from xtuner_lite.chat.web.server import WebPageError
 from xtuner_lite.chat.web.settings import place_settings, sampling_of
 from xtuner_lite.chat.web.words import WORDS, language_of
+from xtuner_lite.images.files import ImageError
 from xtuner_lite.models.sampling import Sampling
 
 #: What a handler gives gradio: component -> its new value, for every step.
@@ -27,12 +29,16 @@ MAX_CHARACTERS = 20_000
 #: Visitors whose answers are made or waited for at once; the rest wait in gradio's own queue. Each
 #: takes one of gradio's 40 threads.
 _MAX_WAITING = 32
+#: Seconds that uploaded pictures are kept: a conversation about them lasts no longer.
+_PICTURES_KEPT_S = 24 * 3600
 
 _CSS = """
 .gradio-container {max-width: 1100px !important; width: 100% !important; margin: 0 auto !important}
 .gradio-container > main {width: 100%}
 #notice p {color: #dc2626; margin: 0; padding: .25rem .5rem; overflow-wrap: anywhere}
 footer {display: none !important}
+/* gradio's button that would post a picture on a hub */
+#chat .download-link + button, #base-chat .download-link + button {display: none !important}
 @media (max-width: 640px) {#chat, #base-chat {height: 42vh !important}}
 """
 
@@ -81,7 +87,10 @@ class ChatPage:
                 f"the base model cannot be asked beside it: {why}; leave --compare out"
             )
         self._catalogue = gr.I18n(**{**WORDS, "zh-CN": WORDS["zh"], "zh-TW": WORDS["zh"]})
-        with gr.Blocks(title=self.options.bot_name, analytics_enabled=False) as self.blocks:
+        kept = (_PICTURES_KEPT_S // 24, _PICTURES_KEPT_S) if answerer.reads_images else None
+        with gr.Blocks(
+            title=self.options.bot_name, analytics_enabled=False, delete_cache=kept
+        ) as self.blocks:
             self._place_conversation()
             self.settings = place_settings(self._word, self.options.system, self.options.sampling)
             self._connect()
@@ -127,10 +136,7 @@ class ChatPage:
         # Not gr.HTML, whose templates are evaluated, which the page's policy forbids.
         self.notice = gr.Markdown("", elem_id="notice")
         with gr.Row():
-            self.box = gr.Textbox(
-                placeholder=self._word("ask"), show_label=False, container=False, lines=1,
-                max_lines=8, scale=8, min_width=180, autofocus=True, elem_id="question",
-            )  # fmt: skip
+            self.box = self._place_box()
             self.send = gr.Button(
                 self._word("send"), variant="primary", scale=1, min_width=90, elem_id="send"
             )
@@ -141,6 +147,14 @@ class ChatPage:
         with gr.Row():
             self.retry = gr.Button(self._word("retry"), size="sm", min_width=90, elem_id="retry")
             self.clear = gr.Button(self._word("clear"), size="sm", min_width=90, elem_id="clear")
+
+    def _place_box(self) -> gr.Textbox | gr.MultimodalTextbox:
+        if self.answerer.reads_images:
+            return place_picture_box(self._word("ask_pictures"))
+        return gr.Textbox(
+            placeholder=self._word("ask"), show_label=False, container=False, lines=1,
+            max_lines=8, scale=8, min_width=180, autofocus=True, elem_id="question",
+        )  # fmt: skip
 
     def _column(self, label: Any, name: str) -> gr.Chatbot:
         # gradio sanitises the HTML in messages: scripts and handlers are taken out, tags it does
@@ -181,14 +195,16 @@ class ChatPage:
     def on_ask(
         self,
         request: gr.Request,
-        text: str,
+        given: Any,
         conversation: Conversation,
         compare: bool,
         *settings: Any,
     ) -> Steps:
-        """Sends the text of the input."""
-        if text.strip():
-            yield from self._answer(request, text, conversation, compare, settings)
+        """Sends what is in the input."""
+        text, pictures = read_box(given)
+        if text.strip() or pictures:
+            turn = Turn(text, tuple(pictures))
+            yield from self._answer(request, turn, conversation, compare, settings)
 
     def on_retry(
         self, request: gr.Request, conversation: Conversation, compare: bool, *settings: Any
@@ -197,8 +213,8 @@ class ChatPage:
         if not conversation.turns:
             yield self._said(WORDS[self._language(request)]["nothing_to_retry"])
             return
-        text = conversation.turns[-1].question
-        yield from self._answer(request, text, conversation, compare, settings, is_retry=True)
+        turn = conversation.turns[-1]
+        yield from self._answer(request, turn, conversation, compare, settings, is_retry=True)
 
     async def on_stop(self, conversation: Conversation) -> None:
         """Ends the answer that is being made; the piece of it that is there stays."""
@@ -214,7 +230,7 @@ class ChatPage:
     def _answer(
         self,
         request: gr.Request,
-        text: str,
+        asked: Turn,
         conversation: Conversation,
         compare: bool,
         settings: Sequence[Any],
@@ -224,7 +240,7 @@ class ChatPage:
         language = self._language(request)
         words, limit = WORDS[language], self.options.max_characters
         system, *numbers = settings
-        for given in (text, system):
+        for given in (asked.question, system):
             if len(given) > limit:
                 yield self._said(words["too_long"].format(length=len(given), limit=limit))
                 return
@@ -232,16 +248,22 @@ class ChatPage:
             yield self._said(words["busy"])
             return
         try:
+            check_pictures(asked.pictures)
             sampling = sampling_of(*numbers)
+        except ImageError as error:
+            yield self._said(words["bad_picture"].format(error=error))
+            return
         except (TypeError, ValueError) as error:
             yield self._said(words["bad_settings"].format(error=error))
             return
         sides: tuple[Side, ...] = ("model", "base") if compare else ("model",)
         steps = ask(
-            self.answerer, conversation, text, sampling, sides=sides, system=system,
-            language=language, is_retry=is_retry,
+            self.answerer, conversation, asked.question, sampling, pictures=asked.pictures,
+            sides=sides, system=system, language=language, is_retry=is_retry,
         )  # fmt: skip
-        started = self._buttons(answering=True) | ({} if is_retry else {self.box: ""})
+        started = self._buttons(answering=True)
+        if not is_retry:
+            started[self.box] = self._box_of("")
         notice = None
         for step in steps:
             shown = started | self._columns(conversation)
@@ -249,10 +271,13 @@ class ChatPage:
                 shown |= self._said(step.notice)
                 notice = step.notice
             if step.question is not None:
-                shown[self.box] = step.question
+                shown[self.box] = self._box_of(step.question, asked.pictures)
             yield shown
             started = {}
         yield self._buttons(answering=False)
+
+    def _box_of(self, text: str, pictures: Sequence[str] = ()) -> Any:
+        return box_value(text, pictures, takes_pictures=self.answerer.reads_images)
 
     def _columns(self, conversation: Conversation) -> dict[Any, Any]:
         return {self.chat: conversation.shown("model"), self.base_chat: conversation.shown("base")}

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from xtuner_lite.chat.web.guard import MAX_UPLOAD_BYTES, Guard
 from xtuner_lite.chat.web.words import WORDS
 
 if TYPE_CHECKING:
@@ -104,8 +105,6 @@ def build_app(page: ChatPage, *, password: str | None = None) -> FastAPI:
     import gradio as gr
     from fastapi import FastAPI
 
-    from xtuner_lite.chat.web.guard import Guard
-
     logging.getLogger("httpx").setLevel(logging.WARNING)
     without_docs = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(**without_docs)
@@ -124,10 +123,11 @@ def build_app(page: ChatPage, *, password: str | None = None) -> FastAPI:
         pwa=False,
         mcp_server=False,
         show_error=True,
+        max_file_size=MAX_UPLOAD_BYTES,
         i18n=page.i18n(),
         **page.style(),
     )
-    app.add_middleware(Guard)
+    app.add_middleware(Guard, takes_pictures=page.answerer.reads_images)
     return app
 
 

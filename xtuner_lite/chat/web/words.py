@@ -7,6 +7,7 @@ LANGUAGES = ("en", "zh")
 WORDS: dict[str, dict[str, str]] = {
     "en": {
         "ask": "Ask something",
+        "ask_pictures": "Ask something; pictures can be added or dropped here",
         "send": "Send",
         "stop": "Stop",
         "retry": "Answer again",
@@ -33,6 +34,7 @@ WORDS: dict[str, dict[str, str]] = {
         "busy": "The answer is still being written; wait for it, or press Stop.",
         "nothing_to_retry": "There is no question to answer again.",
         "too_long": "The message has {length} characters; at most {limit} are taken: shorten it.",
+        "bad_picture": "The picture cannot be used: {error}",
         "failed": "No answer: {error}",
         "broken": "No answer: {error} in the server; its console says more.",
         "bad_settings": "The settings cannot be used: {error}",
@@ -41,6 +43,7 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "zh": {
         "ask": "请输入问题",
+        "ask_pictures": "请输入问题，可添加或拖入图片",
         "send": "发送",
         "stop": "停止",
         "retry": "重新回答",
@@ -67,6 +70,7 @@ WORDS: dict[str, dict[str, str]] = {
         "busy": "回答尚未结束，请等待，或按“停止”。",
         "nothing_to_retry": "还没有可以重新回答的问题。",
         "too_long": "消息有 {length} 个字符，最多允许 {limit} 个，请缩短。",
+        "bad_picture": "图片无法使用：{error}",
         "failed": "没有得到回答：{error}",
         "broken": "没有得到回答：服务器出错（{error}），详情见其控制台。",
         "bad_settings": "设置无效：{error}",

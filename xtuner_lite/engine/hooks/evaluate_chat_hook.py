@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from mmengine.hooks import Hook
 
 from xtuner_lite.engine.hooks.metrics_log import MetricsLog
 from xtuner_lite.engine.visualization import add_text
+from xtuner_lite.images.files import ImageError
+from xtuner_lite.images.turns import local_image, shown_text, user_turn, with_named_images
+from xtuner_lite.images.vision_inputs import images_of, vision_of
 from xtuner_lite.models.generate import generate_reply
 from xtuner_lite.registry import HOOKS
 from xtuner_lite.structures import Message
@@ -32,9 +36,12 @@ class EvaluateChatHook(Hook):
     for after that the other ranks wait for this one.
 
     Args:
-        questions: user turns, or conversations as lists of messages that end with a user turn.
+        questions: user turns as text, for models that see ``dict(image=path, text=...)`` (or a
+            list of paths), or conversations as lists of messages that end with a user turn. Paths
+            of images begin in the working directory; samples name the files.
         interval: optimizer steps between two rounds. None: none on the way.
-        system: system turn before each question given as text. None: what the template does.
+        system: system turn before each question that is no conversation. None: what the template
+            does.
         max_new_tokens: longest reply, in tokens.
         temperature: 0 takes the likeliest token each time, so that rounds can be compared.
         seed: of the replies' own random stream, when temperature is above 0.
@@ -43,14 +50,15 @@ class EvaluateChatHook(Hook):
         file_name: the JSON lines file in ``work_dir``.
 
     Raises:
-        ValueError: no questions, an interval below 1, or (before training) no tokenizer.
+        ValueError: no questions, one of no known form, an interval below 1; or (before training) no
+            tokenizer, an image that cannot be read, or one for a tokenizer of text.
     """
 
     priority = "LOWEST"  # after the checkpoint: should it kill the process, the step is saved
 
     def __init__(
         self,
-        questions: Sequence[str | list[Message]],
+        questions: Sequence[str | dict[str, Any] | list[Message]],
         interval: int | None = None,
         *,
         system: str | None = None,
@@ -61,7 +69,7 @@ class EvaluateChatHook(Hook):
         at_end: bool = True,
         file_name: str = "chat_samples.jsonl",
     ) -> None:
-        if isinstance(questions, str) or not questions:
+        if isinstance(questions, (str, dict)) or not questions:
             raise ValueError(
                 f"EvaluateChatHook: questions={questions!r}; give a list, e.g. ['Who are you?']"
             )
@@ -83,11 +91,27 @@ class EvaluateChatHook(Hook):
         """Opens the file; asks the untrained model."""
         if runner.tokenizer is None:
             raise ValueError("EvaluateChatHook needs a tokenizer; add tokenizer=... to the config")
+        self._check_images(runner)
         self._steps_done = runner.iter
         if runner.rank == 0:
             self._log = MetricsLog(Path(runner.work_dir) / self.file_name, runner.iter)
         if self.at_start and runner.iter == 0:
             self._ask_all(runner)
+
+    def _check_images(self, runner) -> None:
+        """A wrong path is to be told now, not by a warning after hours."""
+        for image in images_of([m for messages in self.conversations for m in messages]):
+            if vision_of(runner.tokenizer) is None:
+                raise ValueError(
+                    "EvaluateChatHook: a question has an image, and the tokenizer reads text only; "
+                    "use tokenizer=dict(type=load_processor, ...) or load_llava_processor, or "
+                    "leave the image out"
+                )
+            if isinstance(image, str) and not image.lower().startswith("data:"):
+                try:
+                    local_image(image)
+                except ImageError as error:
+                    raise ValueError(f"EvaluateChatHook: {error}") from error
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Asks at every ``interval``-th optimizer step."""
@@ -120,10 +144,10 @@ class EvaluateChatHook(Hook):
                     raise  # the other ranks wait in the middle of the model for this one
                 runner.logger.warning(
                     f"no chat sample after step {self._steps_done} for "
-                    f"{messages[-1]['content']!r}: {type(error).__name__}: {error}"
+                    f"{shown_text(messages[-1]['content'])!r}: {type(error).__name__}: {error}"
                 )
                 continue
-            texts.append(f"  > {messages[-1]['content']}\n  {reply.strip()}")
+            texts.append(f"  > {shown_text(messages[-1]['content'])}\n  {reply.strip()}")
             self._write(runner, messages, reply)
         if texts and runner.rank == 0:
             text = "\n".join(texts)
@@ -135,13 +159,23 @@ class EvaluateChatHook(Hook):
         if self._log is None:
             return
         try:
-            self._log.write({"step": self._steps_done, "messages": messages, "reply": reply})
+            named = with_named_images(messages)
+            self._log.write({"step": self._steps_done, "messages": named, "reply": reply})
         except OSError as error:
             runner.logger.warning(f"cannot write {self._log.path}: {error}; the training goes on")
 
 
-def _as_messages(question: str | list[Message], system: str | None) -> list[Message]:
-    if not isinstance(question, str):
+def _as_messages(question: Any, system: str | None) -> list[Message]:
+    if isinstance(question, (list, tuple)):
         return [dict(message) for message in question]
     opening = [] if system is None else [{"role": "system", "content": system}]
-    return [*opening, {"role": "user", "content": question}]
+    if isinstance(question, str):
+        return [*opening, user_turn(question)]
+    if not isinstance(question, dict) or set(question) != {"image", "text"}:
+        raise ValueError(
+            f"EvaluateChatHook: a question is {question!r:.80}; allowed: a text, "
+            "dict(image=path, text=...), or a list of messages"
+        )
+    image = question["image"]
+    images = image if isinstance(image, (list, tuple)) else [image]
+    return [*opening, user_turn(question["text"], images)]
