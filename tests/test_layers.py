@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "xtuner_lite"
 #: Part -> layer. A module imports only from lower layers or its own part; parts of one layer do not
 #: import each other.
 LAYERS = {
-    "version": 0, "home": 0, "structures": 0, "suggestions": 0, "discovery": 0, "plugins": 0, "processes": 0,
+    "version": 0, "home": 0, "structures": 0, "suggestions": 0, "discovery": 0, "plugins": 0,
+    "processes": 0,
     "registry_base": 0, "registry": 0,
     "config": 1,
     "templates": 2,
