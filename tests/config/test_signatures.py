@@ -128,7 +128,8 @@ def test_what_source_cannot_tell_is_unknown():
 
 def test_written_in_c_falls_back_to_a_real_import():
     assert signature_of("math", ("sqrt",)).names == []  # positional only
-    assert signature_of("zlib", ("compress",)).names == ["level", "wbits"]
+    wbits = ["wbits"] if sys.version_info >= (3, 11) else []
+    assert signature_of("zlib", ("compress",)).names == ["level", *wbits]
     with pytest.raises(TypeError, match="not a class or function"):
         signature_of("math", ("pi",))
 
