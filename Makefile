@@ -1,11 +1,12 @@
-# make demo: fine-tune a real chat model and talk to it.  make test: all set-up and the tests.
+# make demo: fine-tune a real chat model and talk to it.  make demo-vlm: teach it to see.
+# make test: all set-up and the tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 NAME ?= Xiaolan
 AUTHOR ?= the xtuner_lite team
 
-.PHONY: demo test test-slow reliability lint format bench clean
+.PHONY: demo demo-vlm test test-slow reliability lint format bench clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +19,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/xtuner-lite demo --name "$(NAME)" --author "$(AUTHOR)"
+
+demo-vlm: $(VENV)/.installed
+	$(BIN)/xtuner-lite demo-vlm
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

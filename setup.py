@@ -13,7 +13,11 @@ CONFIG_PACKAGES = ["xtuner_lite.configs"] + [
     if "__pycache__" not in name
 ]
 EXTRAS = {
-    "demo": ["gguf>=0.17"],  # reads the demo's model file
+    "demo": [
+        "gguf>=0.17",  # reads the demo's language model
+        "onnx>=1.16",  # reads the vision tower of the demo with images
+        "scikit-learn>=1.5",  # its handwritten digits
+    ],
     "qlora": ["bitsandbytes>=0.48"],
     "deepspeed": ["deepspeed>=0.18"],
     "serve": ["fastapi>=0.162", "uvicorn>=0.30"],

@@ -33,7 +33,7 @@ def is_slip_of(name: str, known: Iterable[str]) -> bool:
 def _one_slip(a: str, b: str) -> bool:
     if len(a) > len(b):
         a, b = b, a
-    if len(b) - len(a) > 1 or len(a) < 3:
+    if len(b) - len(a) > 1 or len(b) < 3:
         return False
     start = 0
     while start < len(a) and a[start] == b[start]:

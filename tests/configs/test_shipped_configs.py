@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 LEAVES = sorted(p for p in (ROOT / "configs").rglob("*.py") if "_base_" not in p.parts)
 FAMILIES = {
     "custom", "deepseek", "gemma3", "glm4", "internlm2", "internlm2_5", "internlm3", "llama3",
-    "minicpm3", "mistral", "phi3", "phi4", "qwen2_5", "qwen3", "smollm2", "smollm3",
+    "llava", "minicpm3", "mistral", "phi3", "phi4", "qwen2_5", "qwen3", "smollm2", "smollm3",
 }  # fmt: skip
 PARTS = ["# 1 Settings", "# 2 Model", "# 3 Data", "# 4 Schedule", "# 5 Runtime"]
 
@@ -38,10 +38,27 @@ def test_the_configs_are_there():
 
 def test_every_family_has_its_ways():
     """LoRA and QLoRA for each family; all weights and self-introduction for one model of it."""
-    for family in FAMILIES - {"custom"}:
+    for family in FAMILIES - {"custom", "llava"}:
         names = [p.stem for p in LEAVES if p.parent.name == family]
         for way in ("sft_full", "sft_lora", "sft_qlora", "lora_identity"):
             assert any(way in name for name in names), f"{family} has no {way}"
+
+
+def test_every_llava_has_both_its_stages():
+    """Named alike up to the stage; the second takes over from the first with the same parts."""
+    names = sorted(p.stem for p in LEAVES if p.parent.name == "llava")
+    firsts = [name for name in names if "_pretrain_" in name]
+    assert len(firsts) >= 5
+    for first in firsts:
+        model, _, data = first.partition("_pretrain_")
+        seconds = [n for n in names if n.startswith(f"{model}_finetune_") and n.endswith(data)]
+        assert len(seconds) == 1, f"{first} has the second stages {seconds}"
+        one, two = load_config(first), load_config(seconds[0])
+        assert one.tokenizer.to_dict() == two.tokenizer.to_dict()
+        assert one.model.freeze_llm
+        assert two.model.llm_lora.r > 0
+        assert two.model.pretrained_pth == "stage_one"
+        assert one.model.visual_encoder.path == two.model.visual_encoder.path
 
 
 def test_pages_of_one_kind_differ_in_their_settings_alone():
@@ -52,10 +69,14 @@ def test_pages_of_one_kind_differ_in_their_settings_alone():
 @pytest.mark.parametrize("leaf", LEAVES, ids=lambda p: p.stem)
 def test_a_leaf_is_a_short_page_in_five_parts(leaf):
     text = leaf.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 40
+    is_llava = leaf.parent.name == "llava"  # two models in a page
+    assert len(text.splitlines()) <= (45 if is_llava else 40)
     assert re.findall(r"^# \d \w+$", text, re.M) == PARTS
     assert not re.findall(r"^\s*from \.", text, re.M)  # a copied page works from any folder
-    assert re.match(r"[a-z0-9_]+_(sft|pretrain)_(full|lora|qlora)_[a-z0-9]+$", leaf.stem)
+    way = r"(sft|pretrain)_(full|lora|qlora)"
+    if is_llava:
+        way = r"(pretrain|finetune|finetune_qlora)"
+    assert re.match(rf"[a-z0-9_]+_{way}_[a-z0-9]+$", leaf.stem)
 
 
 @pytest.mark.parametrize("leaf", LEAVES, ids=lambda p: p.stem)
@@ -72,7 +93,8 @@ def test_a_leaf_checks_and_its_dump_reloads_equal(leaf, tmp_path):
 def test_a_setting_reaches_where_it_is_used(leaf):
     options = ["model_path='here'", "data_path='there.json'", "max_length=77", "lr=0.5"]
     cfg = load_config(leaf, overrides=options)
-    assert cfg.tokenizer.path == cfg.model.llm.path == "here"
+    places = cfg.tokenizer  # load_llava_processor calls the language model llm
+    assert places.get("llm", places.get("path")) == cfg.model.llm.path == "here"
     assert first_set(cfg).data == "there.json"
     assert first_set(cfg).max_length == 77
     assert cfg.optim_wrapper.optimizer.lr == 0.5
@@ -129,7 +151,7 @@ def test_loading_and_checking_a_config_of_every_kind_imports_no_torch():
     [pytest.param(p, marks=[] if i % 4 == 0 else pytest.mark.slow) for i, p in enumerate(KINDS)],
     ids=lambda p: p.stem,
 )
-def test_a_leaf_trains_a_tiny_model(leaf, tmp_path, tiny_model):
+def test_a_leaf_trains_a_tiny_model(leaf, tmp_path, tiny_model, tiny_tower):
     import json
 
     from xtuner_lite.runner.runner import Runner
@@ -141,11 +163,22 @@ def test_a_leaf_trains_a_tiny_model(leaf, tmp_path, tiny_model):
         other = tmp_path / "general.json"
         other.write_text(data.read_text())
         options.append(("general_path", str(other)))
+    is_llava = leaf.parent.name == "llava"
+    if is_llava:
+        options += [("visual_encoder_path", str(tiny_tower)), ("max_length", 400)]
+        settings = {"image_folder": str(tmp_path), "test_path": str(data), "pretrained_pth": None}
+        options += [pair for pair in settings.items() if pair[0] in leaf.read_text()]
+        _draw_images(tmp_path)
     cfg = load_config(leaf, overrides=[*options, ("work_dir", str(tmp_path / "run"))])
-    cfg.train_cfg = dict(max_iters=2)
+    cfg.train_cfg = dict(max_iters=2, val_interval=0)
+    cfg.train_dataloader.num_workers = 0
     cfg.optim_wrapper.accumulative_counts = 2
     Runner.from_cfg(cfg).train()
     saved = {p.name for p in (tmp_path / "run/checkpoints/iter_2").iterdir()}
+    if is_llava:
+        assert "projector" in saved
+        assert ("adapter_model.safetensors" in saved) == ("_finetune_" in leaf.stem)
+        return
     expected = "adapter_model.safetensors" if "lora" in leaf.stem else "model.safetensors"
     assert expected in saved
 
@@ -160,8 +193,33 @@ def _rows_for(cfg) -> list[dict]:
         return [{"instruction": question, "output": answer} for question, answer in pairs]
     if map_fn == "pretrain":
         return [{"text": f"{question} {answer}"} for question, answer in pairs]
+    if map_fn.startswith("llava"):
+        return [
+            {
+                "image": f"{number % 2}.png",
+                "conversations": [
+                    {"from": "human", "value": f"<image>\n{question}"},
+                    {"from": "gpt", "value": answer},
+                ],
+            }
+            for number, (question, answer) in enumerate(pairs)
+        ]
     assert map_fn in ("openai", "auto")
     return rows
+
+
+def _draw_images(folder: Path) -> None:
+    from PIL import Image
+
+    for number, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (20, 30), colour).save(folder / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def tiny_tower(tmp_path_factory) -> Path:
+    from tests.tiny_parts import write_tiny_tower
+
+    return write_tiny_tower(tmp_path_factory.mktemp("tiny_tower"))
 
 
 @pytest.fixture(scope="module")

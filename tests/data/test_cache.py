@@ -128,6 +128,19 @@ def test_our_own_code_is_part_of_the_key():
     assert content.library_versions()["xtuner_lite"].endswith(content.package_digest()[:12])
 
 
+def test_the_code_that_rows_pass_through_is_all_of_that(tmp_path, monkeypatch):
+    """Also the code that measures images and writes their tokens."""
+    for folder in ("data", "images", "templates"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text("1")
+    monkeypatch.setattr(content, "__file__", str(tmp_path / "data" / "content.py"))
+    digests = [content.package_digest.__wrapped__()]
+    for folder in ("data", "images", "templates"):
+        (tmp_path / folder / "a.py").write_text("2")
+        digests.append(content.package_digest.__wrapped__())
+    assert len(set(digests)) == 4
+
+
 def test_a_file_is_read_again_only_when_its_state_changed(tmp_path, monkeypatch):
     file, memory = tmp_path / "a", tmp_path / "memory"
     file.write_text("one")

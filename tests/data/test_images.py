@@ -1,6 +1,7 @@
 """Rows with images: where their tokens stand, what is learnt, what is refused, packing, cache."""
 
 import json
+import logging
 import pickle
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from tests.tiny import tiny_tokenizer
 from tests.vision_parts import picture, vision_tokenizer
+from xtuner_lite.data import cache as cache_module
 from xtuner_lite.data.dataloader import build_dataloader
 from xtuner_lite.data.dataset import ChatDataset
 from xtuner_lite.data.mixture import MixtureDataset
@@ -169,6 +171,23 @@ def test_unreadable_images_are_counted_apart(tokenizer, folder):
     assert "cut.png" in entry.examples[0]
 
 
+def test_a_kept_data_set_tells_the_images_it_lacks(tokenizer, folder, tmp_path, monkeypatch):
+    """An image that is there by now is no reason for another entry: nothing else would tell."""
+    told = []
+    monkeypatch.setattr(cache_module, "_say", lambda text, level=0: told.append((level, text)))
+    rows = [llava("<image>", "y"), llava("<image>", "y", image="late.png")]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    options = dict(on_bad_row="skip", cache=str(tmp_path / "kept"))
+    make(str(folder / "rows.json"), tokenizer, folder, **options)
+    picture().save(folder / "late.png")
+    told.clear()
+    make(str(folder / "rows.json"), tokenizer, folder, **options)
+    level, text = told[-1]
+    assert level == logging.WARNING
+    assert "lacks 1 row(s) whose images could not be read" in text
+    assert f"delete {tmp_path / 'kept'}" in text
+
+
 def test_a_text_with_the_image_token_is_refused(tokenizer, folder):
     row = {"messages": [{"role": "user", "content": "what does <image> mean?"},
                         {"role": "assistant", "content": "A place."}]}  # fmt: skip
@@ -178,6 +197,52 @@ def test_a_text_with_the_image_token_is_refused(tokenizer, folder):
 
 def as_is(row):
     return row
+
+
+@pytest.mark.parametrize("cls", [ChatDataset, StreamDataset])
+def test_plain_text_with_the_image_token_is_refused(tokenizer, folder, cls):
+    """It would stand for an image that no batch has, and stop the run at its step."""
+    row = {"text": "the tag <image> of a page"}
+    with pytest.raises(ValueError, match="text holds the text '<image>'"):
+        cls([row], tokenizer=tokenizer, max_length=256, cache=False, image_folder=folder)[0]
+
+
+def test_what_only_the_template_writes_holds_no_image_token(tokenizer, folder):
+    """Reasoning, tool calls and tools are no contents, and are written all the same."""
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "(message.reasoning_content or '') + message['content']"
+    )
+    asked = {"role": "user", "content": "hi"}
+    said = {"role": "assistant", "content": "yes", "reasoning_content": "an <image>?"}
+    with pytest.raises(ValueError, match="what the template writes holds the text '<image>'"):
+        make([{"messages": [asked, said]}], tokenizer, folder)
+
+
+@pytest.mark.parametrize("images", [{"image": "a.png"}, {"images": ["a.png"]}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]},
+        {"instruction": "hi", "input": "", "output": "yes"},
+        {"prompt": "hi", "completion": "yes"},
+    ],
+    ids=["openai", "alpaca", "prompt_completion"],
+)
+def test_a_rows_image_is_never_left_out_without_a_word(tokenizer, folder, row, images):
+    with pytest.raises(ValueError, match="but 1 images|the model would never see it"):
+        make([{**row, **images}], tokenizer, folder)
+    assert len(make([{**row, "image": "", "images": None}], tokenizer, folder)) == 1
+
+
+@pytest.mark.parametrize("empty", [{}, {"text": None, "image": None}])
+def test_image_parts_without_names_take_the_rows_images(tokenizer, folder, empty):
+    """As transformers' templates and TRL's data have them; tables fill absent keys with None."""
+    parts = [{"type": "image", **empty}, {"type": "text", "text": "or"}, {"type": "image", **empty}]
+    talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": "red"}]
+    sample = make([{"images": ["b.png", "a.png"], "messages": talk}], tokenizer, folder)[0]
+    assert [ref.name for ref in sample["images"][0]] == ["b.png", "a.png"]
+    with pytest.raises(ValueError, match="2 x <image> in the conversation, but 1 images"):
+        make([{"images": ["b.png"], "messages": talk}], tokenizer, folder)
 
 
 def test_a_template_without_images_stops_the_run(tokenizer, folder):

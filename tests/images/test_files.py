@@ -67,6 +67,38 @@ def test_missing_and_empty_files_are_named(files):
         files.size("folder")
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 300 + ".png", "a\0b.png", "a\udc80.png", ""])
+def test_a_name_that_can_be_no_file_is_one_bad_image(files, name):
+    """Bare base64 in the place of a path, as other programs write it, is the first."""
+    with pytest.raises(ImageError):
+        files.size(name)
+
+
+def test_a_format_that_is_a_program_is_not_run(files, monkeypatch):
+    """Pillow would start Ghostscript."""
+    from PIL import EpsImagePlugin
+
+    save(files, "a.png", picture(), format="EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: pytest.fail("it was run"))
+    for read in (files.size, files.open):
+        with pytest.raises(ImageError, match="EPS file, a program that draws"):
+            read("a.png")
+
+
+def test_whatever_a_decoder_raises_is_a_bad_image(files, monkeypatch):
+    """Damaged AVIF files raise RuntimeError, damaged notes struct.error."""
+    from PIL import ImageFile
+
+    def fail(image):
+        raise RuntimeError("Failed to decode frame 0")
+
+    save(files, "a.png", picture())
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    for read in (files.size, files.open):
+        with pytest.raises(ImageError, match=r"a\.png cannot be decoded: Failed to decode frame 0"):
+            read("a.png")
+
+
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
 def test_a_truncated_file_is_found(files, format):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
@@ -149,6 +181,34 @@ def test_a_picture_taken_sideways_is_turned(files):
     name = save(files, "a.jpg", picture(size=(40, 30)), exif=exif)
     assert files.size(name) == (30, 40)
     assert files.open(name, (30, 40)).size == (30, 40)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("held", range(1, 9))
+def test_all_ways_of_holding_a_camera(files, format, held):
+    """As Pillow turns it, and with nothing left that would turn it once more."""
+    from PIL import Image, ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = held
+    image = picture("white", size=(40, 30))
+    image.paste((0, 0, 0), (0, 0, 9, 9))
+    name = save(files, "a", image, format=format, exif=exif)
+    with Image.open(files.folder / name) as opened:
+        wanted = ImageOps.exif_transpose(opened).convert("RGB")
+    found = files.open(name, files.size(name))
+    assert np.array_equal(np.asarray(found), np.asarray(wanted))
+    assert np.array_equal(np.asarray(ImageOps.exif_transpose(found)), np.asarray(wanted))
+
+
+def test_a_damaged_note_of_the_camera_does_no_harm(files):
+    """A tag of a wrong type, which Pillow reads and cannot write: it fails to turn the image."""
+    short, ascii = 3, 2
+    tags = struct.pack("<HHHI4s", 2, 0x0112, short, 1, b"\6\0\0\0")  # 2 tags; to be turned
+    tags += struct.pack("<HHI4s", 0x0102, ascii, 4, b"abc\0")  # bits per sample: a text
+    note = b"Exif\0\0II*\0\x08\0\0\0" + tags + b"\0" * 4
+    name = save(files, "a.jpg", picture(size=(40, 30)), exif=note)
+    assert files.open(name, files.size(name)).size == (30, 40)
 
 
 def test_another_size_than_when_prepared_is_an_error(files):

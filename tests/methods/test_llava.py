@@ -240,6 +240,32 @@ def test_stage_two_starts_from_stage_one(parts, tmp_path):
     assert stage_two.projector.linear_1.weight.requires_grad
 
 
+@pytest.mark.parametrize("form", ["run", "hf"])
+def test_a_projector_gets_the_features_that_it_learnt_from(parts, tmp_path, form):
+    """Other layers' have the same width; nothing else would tell."""
+    stage_one = make(parts)
+    (stage_one if form == "run" else stage_one.llm).save_pretrained(tmp_path / "one")
+    two = dict(pretrained_pth=tmp_path / "one", llm_lora=LoraConfig(r=2))
+    with pytest.raises(ValueError, match="visual_select_layer=-2.*'default'.*those of -1, 'def"):
+        make(parts, visual_select_layer=-1, **two)
+    same = make(parts, visual_select_layer=2, **two)  # of four hidden states
+    assert same.llava.config.vision_feature_layer == 2
+
+
+def test_other_parts_than_those_of_stage_one_are_told(parts, tmp_path, caplog):
+    make(parts).save_pretrained(tmp_path / "one")
+    make(parts, pretrained_pth=tmp_path / "one")
+    assert not caplog.records
+    tiny_llama().save_pretrained(tmp_path / "other")
+    LLaVAModel(
+        load_causal_lm(tmp_path / "other"), load_visual_encoder(parts / "clip"),
+        image_token_id=IMAGE + 1, freeze_llm=True, freeze_visual_encoder=True,
+        pretrained_pth=tmp_path / "one",
+    )  # fmt: skip
+    assert "was trained with the llm" in caplog.text
+    assert caplog.text.count("was trained with") == 1
+
+
 @pytest.mark.parametrize("kind", ["pth", "bin", "safetensors", "folder"])
 def test_a_projector_of_xtuner_is_read(parts, tmp_path, kind):
     from safetensors.torch import save_file
@@ -386,6 +412,9 @@ def test_mistakes_are_named(parts):
         )
     with pytest.raises(ValueError, match="bias='all' in llm_lora"):
         make(parts, llm_lora=LoraConfig(r=2, bias="all"))
+    for name in ("multi_modal_projector", "linear_1"):  # else found at the first checkpoint
+        with pytest.raises(ValueError, match=f"modules_to_save='{name}'.*is saved anyhow"):
+            make(parts, llm_lora=LoraConfig(r=2, modules_to_save=[name]))
     with pytest.raises(ValueError, match="no image token.*load_llava_processor"):
         LLaVAModel(tiny_llama(), tiny_tower())
     with pytest.raises(TypeError, match="visual_encoder is 'clip'"):

@@ -5,7 +5,7 @@ import torch
 
 from tests.tiny import tiny_llama, tiny_speaker, tiny_tokenizer
 from xtuner_lite.models.generate import generate_reply
-from xtuner_lite.models.generate_batch import generate_replies
+from xtuner_lite.models.generate_batch import _Prompt, generate_replies
 
 TOKENIZER = tiny_tokenizer()
 QUESTIONS = (
@@ -109,3 +109,12 @@ def test_images_reach_their_own_conversations(seeing):
             model, tokenizer, conversations, batch_size=batch_size, max_new_tokens=10
         )
         assert replies == wanted
+
+
+def test_images_of_unlike_layouts_do_not_stand_in_one_batch():
+    """LLaVA-OneVision's have [images, crops, 3, H, W]: of one number of crops only."""
+    narrow = dict(pixel_values=torch.zeros(1, 2, 3, 8, 8), image_sizes=torch.zeros(1, 2))
+    two_narrow = dict(pixel_values=torch.zeros(2, 2, 3, 8, 8), image_sizes=torch.zeros(2, 2))
+    wide = dict(pixel_values=torch.zeros(1, 3, 3, 8, 8), image_sizes=torch.zeros(1, 2))
+    layouts = [_Prompt(0, [1], images).layout for images in (narrow, two_narrow, wide)]
+    assert layouts[0] == layouts[1] != layouts[2]

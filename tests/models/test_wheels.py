@@ -20,7 +20,7 @@ def fake(monkeypatch, tmp_path):
         archive.writestr("tiny/model.gguf", b"GGUF")
     wheel = wheels.ModelWheel(
         requirement="tiny==1.0", model_name="Tiny", file_name=content.name,
-        sha256=hashlib.sha256(content.read_bytes()).hexdigest(), gguf_file="tiny/model.gguf",
+        sha256=hashlib.sha256(content.read_bytes()).hexdigest(), model_file="tiny/model.gguf",
         context_length=64, size_mb=1, origin="here",
     )  # fmt: skip
     calls = {"pip": [], "convert": 0, "fails": None}

@@ -33,6 +33,7 @@ from xtuner_lite.data.content import (
 )
 from xtuner_lite.data.encode import EncodedRows
 from xtuner_lite.data.packing import Packs
+from xtuner_lite.data.row_images import BadImage
 from xtuner_lite.data.sources import Source
 from xtuner_lite.data.store import META, DamagedStore, StoredRows, open_rows, write_rows
 from xtuner_lite.home import data_cache_dir
@@ -169,6 +170,13 @@ class DataCache:
             _say(f"data cache: {error}; the entry is not used", logging.WARNING)
             return None
         _say(f"data cache: {name} is taken from {entry} (made {rows.meta['time']})")
+        if bad := rows.ledger.skipped.get(BadImage.reason):
+            # The key knows the rows and not the images, which may be there by now.
+            _say(
+                f"data cache: {name} lacks {bad.count:,} row(s) whose images could not be read "
+                f"when it was made; if they can be now, delete {entry}",
+                logging.WARNING,
+            )
         return rows
 
     def _lock(self, entry: Path, name: str) -> FileLock:

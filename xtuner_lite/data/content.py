@@ -213,10 +213,10 @@ def library_versions() -> dict[str, str]:
 
 @functools.cache
 def package_digest() -> str:
-    """Digest of our own code that rows pass through: xtuner_lite/data and xtuner_lite/templates."""
+    """Digest of our own code that rows pass through: data, templates and images."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for folder in ("data", "templates"):
+    for folder in ("data", "images", "templates"):
         for file in sorted((root / folder).rglob("*")):
             if file.suffix in (".py", ".jinja"):
                 digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())

@@ -193,7 +193,7 @@ class ChatDataset(Dataset):
                 encode_text=partial(encode_text, tokenizer),
                 map_fn=chosen,
                 bos_token_id=tokenizer.bos_token_id,
-                row_images=self._row_images if needs_template else None,
+                row_images=self._row_images,
                 **options,
             )
             return _then(encode_chunks(encoder, rows, num_proc), check), notes

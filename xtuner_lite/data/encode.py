@@ -37,6 +37,9 @@ from xtuner_lite.templates.tokenise import Encoded
 OnBadRow = Literal["raise", "skip"]
 ON_BAD_ROW: tuple[str, ...] = ("raise", "skip")
 
+#: Where our own map functions stand.
+_MAP_FNS = "xtuner_lite.data.map_fns."
+
 MapFn = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -137,6 +140,8 @@ class RowEncoder:
             if not isinstance(text, str):
                 raise BadRow(f"text is {text!r:.60}, not a string")
             check_text(text, "text")
+            if self.row_images is not None:
+                self.row_images.check_text(text, "text")
             if not text.strip():
                 raise UnusableRow("the text is empty")
             return text
@@ -147,11 +152,29 @@ class RowEncoder:
         images: list[Named] = []
         if self.row_images is not None:
             messages, images = self.row_images.find(messages)
+            if not images:
+                self._check_images_taken(row.data)
         layout = self.template.layout(messages, tools, self.train_on, self.train_thinking)
         if images:
             assert self.row_images is not None
             layout = self.row_images.expand(layout, images)
+        elif self.row_images is not None:  # tool calls, reasoning and tools are written too
+            self.row_images.check_text(layout.text, "what the template writes")
         return _Chat(messages, tools, layout, images)
+
+    def _check_images_taken(self, row: dict[str, Any]) -> None:
+        """Raises BadRow where one of our map functions has no place for a row's images."""
+        function = self.map_fn.func if isinstance(self.map_fn, partial) else self.map_fn
+        if not getattr(function, "__module__", "").startswith(_MAP_FNS):
+            return  # a user's own may mean it
+        for key in ("image", "images"):
+            if row.get(key):
+                name = getattr(function, "__name__", function)
+                raise BadRow(
+                    f"the row has {key}={row[key]!r:.60}, which map function {name} does not read, "
+                    "so the model would never see it; use map_fn='llava' or 'openai', or a map "
+                    "function of your own"
+                )
 
     def _mapped(self, row: Row) -> dict[str, Any]:
         function = self.map_fn.func if isinstance(self.map_fn, partial) else self.map_fn

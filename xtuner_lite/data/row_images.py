@@ -66,6 +66,10 @@ class RowImages:
             found.append({**message, "content": parts} if content else message)
         return found, images
 
+    def check_text(self, text: str, what: str) -> None:
+        """Raises RowRefused if a text without images holds the image token."""
+        self.vision.check_no_image_token(text, what)
+
     def _look_at(self, image: object, index: int) -> Named:
         try:
             name = image_name(image)

@@ -125,7 +125,7 @@ class StreamDataset(Dataset):
             encode_text=partial(encode_text, tokenizer),
             map_fn=chosen,
             bos_token_id=tokenizer.bos_token_id,
-            row_images=self._row_images if needs_template else None,
+            row_images=self._row_images,
             **options,
         )
         self.fingerprint = _digest(

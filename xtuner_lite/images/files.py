@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MAX_PIXELS = 89_478_485
 #: Bytes of the largest file that is read.
 MAX_BYTES = 100_000_000
+#: Formats that Pillow hands to an interpreter (Ghostscript): files must not make us run programs.
+_PROGRAMS = ("EPS",)
 _DATA_PREFIX = "data:"
 _URL_PREFIXES = ("http://", "https://", "ftp://", "s3://")
 
@@ -63,6 +65,15 @@ class ImageFiles:
             )
         return Path(path)
 
+    def check(self, name: str) -> None:
+        """Looks at an image's first bytes, so that a missing one is told before it is needed.
+
+        Raises:
+            ImageError: as ``size``, but that damage behind the head is not seen.
+        """
+        with self._opened(name):
+            pass
+
     def size(self, name: str) -> tuple[int, int]:
         """(width, height) in pixels, turned as the camera was held; the whole file is decoded once.
 
@@ -75,7 +86,7 @@ class ImageFiles:
             width, height = image.size
             image.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
             image.load()
-            return (height, width) if _is_turned(image) else (width, height)
+            return (height, width) if _orientation(image) in _TURNED else (width, height)
 
     def open(self, name: str, size: tuple[int, int] | None = None) -> Image.Image:
         """The image in RGB, upright; of several frames the first, on white where transparent.
@@ -102,11 +113,16 @@ class ImageFiles:
     def _opened(self, name: str) -> Iterator[Image.Image]:
         from PIL import Image, UnidentifiedImageError
 
-        source = self._source(name)
         try:
+            source = self._source(name)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PIL's hints on bombs and odd metadata
                 with Image.open(source) as image:
+                    if image.format in _PROGRAMS:
+                        raise ImageError(
+                            f"{shown_name(name)} is a {image.format} file, a program that draws an "
+                            "image and is not run; save it as PNG or JPEG"
+                        )
                     pixels = image.size[0] * image.size[1]
                     if pixels > self.max_pixels:
                         raise ImageError(
@@ -120,9 +136,11 @@ class ImageFiles:
             raise ImageError(f"{shown_name(name)} is too large to be decoded: {error}") from error
         except ImageError:
             raise
-        # What decoders raise on damaged files: OSError mostly, but each has habits of its own.
-        except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
-                OverflowError, MemoryError, NotImplementedError) as error:  # fmt: skip
+        except OSError as error:  # a name too long, a folder that may not be read, a damaged file
+            what = f"read: {error.strerror}" if error.strerror else f"decoded: {error}"
+            raise ImageError(f"{shown_name(name)} cannot be {what}") from error
+        # Decoders of damaged files raise anything: SyntaxError, struct.error, RuntimeError, ...
+        except Exception as error:
             raise ImageError(f"{shown_name(name)} cannot be decoded: {error}") from error
 
     def _source(self, name: str) -> Path | io.BytesIO:
@@ -198,13 +216,19 @@ def _as_uri(data: bytes, kind: str) -> str:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB, upright by its EXIF note; transparent parts on white, 16-bit greys scaled to 8."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
+    image.load()  # decoders of some formats turn the image themselves
+    turn = _UPRIGHT.get(_orientation(image))
     if image.mode.startswith("I"):  # 16-bit greys, which convert() would cut off at 255
         low, high = image.getextrema()
         if low < 0 or high > 255:
             image = image.convert("I").point(lambda value: value / 257).convert("L")
-    upright = ImageOps.exif_transpose(image)
+    upright = image
+    if turn is not None:
+        upright = image.transpose(Image.Transpose[turn])
+        for note in _NOTES:  # or whoever gets it would turn it again
+            upright.info.pop(note, None)
     if upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
         picture = upright.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -214,10 +238,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # values of the EXIF orientation that swap width and height
+_UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+    6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
+_NOTES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
-def _is_turned(image: Image.Image) -> bool:
-    return image.getexif().get(_ORIENTATION) in _TURNED
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held, 1 to 8; 1 where the note about it is damaged: the pixels are not."""
+    try:
+        value = image.getexif().get(_ORIENTATION)
+    except Exception:  # as decoders of images, its reader raises anything
+        return 1
+    return value if value in _UPRIGHT else 1
 
 
 def shown_name(name: str) -> str:

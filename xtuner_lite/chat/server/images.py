@@ -12,6 +12,8 @@ from xtuner_lite.structures import Message
 
 #: Pixels of the largest image that is decoded; photographs of telephones have up to 50 million.
 MAX_PIXELS = 50_000_000
+#: Pixels of all images of one request, which are held together: 0.6 GB.
+MAX_PIXELS_TOGETHER = 200_000_000
 #: Images of one request.
 MAX_IMAGES = 16
 _SCHEME = "data:"
@@ -61,6 +63,12 @@ def check_images(messages: list[Message]) -> list[tuple[int, int]]:
             sizes.append(files.size(image))
         except ImageError as error:
             raise _refused(f"{where}: {error}", where) from error
+        if sum(width * height for width, height in sizes) > MAX_PIXELS_TOGETHER:
+            raise _refused(
+                f"the images have more than {MAX_PIXELS_TOGETHER:,} pixels together; send smaller "
+                "or fewer ones",
+                where,
+            )
     return sizes
 
 

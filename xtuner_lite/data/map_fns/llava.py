@@ -24,7 +24,7 @@ def llava_map_fn(row: dict[str, Any]) -> dict[str, Any]:
                            {"from": "gpt", "value": "A cat."}]}
     """
     mapped = sharegpt_map_fn(row)
-    return {**mapped, "messages": with_images(mapped["messages"], _images(row))}
+    return {**mapped, "messages": with_images(mapped["messages"], images_of_row(row))}
 
 
 @MAP_FNS.register_module(name="llava_image_only")
@@ -52,15 +52,19 @@ def llava_image_only_map_fn(row: dict[str, Any]) -> dict[str, Any]:
     return {**mapped, "messages": messages}
 
 
-def _images(row: dict[str, Any]) -> list[Any]:
+def images_of_row(row: dict[str, Any]) -> list[Any]:
+    """What stands under 'images' or 'image', as a list; nothing and '' are no image."""
     images = row["images"] if row.get("images") is not None else row.get("image")
-    if images is None:
+    if images is None or (isinstance(images, str) and not images):
         return []
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
 def with_images(messages: list[Any], images: list[Any]) -> list[Any]:
     """Messages with each ``<image>`` mark replaced by an image part, in order.
+
+    Image parts that name no image ({"type": "image"}, as transformers' templates take them) are
+    given theirs in the same order.
 
     Args:
         images: a path (str) or an image object for each mark.
@@ -69,11 +73,9 @@ def with_images(messages: list[Any], images: list[Any]) -> list[Any]:
         BadRow: not one image for each mark.
     """
     left = list(images)
-    marks = sum(
-        m["content"].count(IMAGE_MARK)
-        for m in messages
-        if isinstance(m, dict) and isinstance(m.get("content"), str)
-    )
+    contents = [m.get("content") for m in messages if isinstance(m, dict)]
+    marks = sum(content.count(IMAGE_MARK) for content in contents if isinstance(content, str))
+    marks += sum(_is_open(part) for c in contents if isinstance(c, list) for part in c)
     if marks != len(left):
         raise BadRow(f"{marks} x {IMAGE_MARK} in the conversation, but {len(left)} images")
     return [_replaced(message, left) for message in messages]
@@ -81,6 +83,9 @@ def with_images(messages: list[Any], images: list[Any]) -> list[Any]:
 
 def _replaced(message: Any, left: list[Any]) -> Any:
     content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, list):
+        named = [{"type": "image", "image": left.pop(0)} if _is_open(p) else p for p in content]
+        return {**message, "content": named}
     if not isinstance(content, str) or IMAGE_MARK not in content:
         return message
     parts: list[dict[str, Any]] = []
@@ -92,4 +97,11 @@ def _replaced(message: Any, left: list[Any]) -> Any:
     return {**message, "content": parts}
 
 
-__all__ = ["IMAGE_MARK", "llava_image_only_map_fn", "llava_map_fn", "with_images"]
+def _is_open(part: Any) -> bool:
+    """Whether a part is the place of an image that it does not name."""
+    if not isinstance(part, dict) or part.get("type") != "image":
+        return False
+    return all(part.get(key) is None for key in ("image", "image_url", "url", "path"))
+
+
+__all__ = ["IMAGE_MARK", "images_of_row", "llava_image_only_map_fn", "llava_map_fn", "with_images"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from xtuner_lite.data.map_fns.columns import keys_of
-from xtuner_lite.data.map_fns.llava import with_images
+from xtuner_lite.data.map_fns.llava import images_of_row, with_images
 from xtuner_lite.data.messages import BadRow
 from xtuner_lite.registry import MAP_FNS
 
@@ -14,8 +14,8 @@ from xtuner_lite.registry import MAP_FNS
 def openai_map_fn(row: dict[str, Any]) -> dict[str, Any]:
     """OpenAI chat rows: messages of role and content, tools, weight 0 on turns not to learn.
 
-    With a list of images, each <image> in the text is one of them; that needs a vision-language
-    data set.
+    With 'images' (or 'image'), each <image> in a text and each image part without a name of its own
+    ({"type": "image"}) is one of them, in order; that needs a vision-language data set.
 
     Example row::
 
@@ -26,8 +26,8 @@ def openai_map_fn(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(messages, list):
         raise BadRow(f"no list under 'messages'; keys found: {keys_of(row)}")
     messages = [_message(message) for message in messages]
-    if row.get("images"):
-        messages = with_images(messages, list(row["images"]))
+    if images := images_of_row(row):
+        messages = with_images(messages, images)
     return {"messages": messages, "tools": row.get("tools")}
 
 
