@@ -159,6 +159,19 @@ def test_resume_with_no_checkpoint_starts_at_zero(tmp_path):
     assert len(recorder.losses) == 6
 
 
+def test_missing_weights_stop_the_run_before_the_data_is_read(tmp_path, monkeypatch):
+    from xtuner_lite.runner.assembly import Assembly
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the data was read")
+
+    monkeypatch.setattr(Assembly, "_build_dataloader", refuse)
+    runner = Runner.from_cfg(toy_config(tmp_path, load_from=str(tmp_path / "gone")))
+    for action in (runner.train, runner.prepare_data):
+        with pytest.raises(FileNotFoundError, match="load_from='.*gone' is not there; give"):
+            action()
+
+
 def test_load_from_takes_weights_only(tmp_path):
     first, _ = train(tmp_path / "a")
     runner, recorder = train(

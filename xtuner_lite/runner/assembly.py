@@ -30,6 +30,7 @@ class Assembly(HookContract):
 
     ranks: Ranks
     _sections: dict[str, Any]
+    _load_from: str | None
 
     def _start(self) -> None:
         """Log file, message hub and visualizer of a training or an evaluation."""
@@ -120,6 +121,23 @@ class Assembly(HookContract):
                     json.dumps(ledger.to_dict(), indent=1)
                 )
         return loader
+
+    def _check_weights_are_there(self) -> None:
+        """Before anything is read: a run that cannot start is not to prepare data for an hour.
+
+        Raises:
+            FileNotFoundError: the weights to start from are not there.
+        """
+        model = self._sections["model"]
+        named = {"load_from": self._load_from}
+        if isinstance(model, dict):
+            named["model.pretrained_pth"] = model.get("pretrained_pth")
+        for key, path in named.items():
+            if path is not None and not Path(path).expanduser().exists():
+                raise FileNotFoundError(
+                    f"{key}={str(path)!r} is not there; give a checkpoint folder that is, such as "
+                    "work_dirs/RUN/checkpoints/iter_N, or None"
+                )
 
     def _accumulative_counts(self) -> int:
         wrapper = self._sections["optim_wrapper"] or {}

@@ -199,6 +199,7 @@ class Runner(Assembly):
                 checkpoint = self._find_resume_checkpoint()
                 self._seed(checkpoint)
                 self._last_saved, self.param_schedulers = None, []
+                self._check_weights_are_there()
                 self.train_dataloader = self._build_dataloader("train_dataloader", shuffle=True)
                 self.val_dataloader = self._build_dataloader("val_dataloader")
                 self._build_model(train=True, weights=self._load_from)
@@ -238,6 +239,7 @@ class Runner(Assembly):
         if self.logger is None:
             self.logger = self._build_logger("looking", log_file=None)
         self._seed(None)
+        self._check_weights_are_there()
         loader = self._build_dataloader(name, shuffle=name == "train_dataloader")
         setattr(self, name, loader)
         return loader
