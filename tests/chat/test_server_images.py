@@ -10,6 +10,9 @@ from tests.chat.seeing import COLOURS, save_seeing
 from tests.chat.serving import serving
 from tests.vision_parts import picture
 from xtuner_lite.chat.load import load_for_chat
+from xtuner_lite.chat.server import images as server_images
+from xtuner_lite.chat.server.errors import ApiError
+from xtuner_lite.chat.server.images import check_images
 from xtuner_lite.chat.session import ChatSession
 from xtuner_lite.images.files import image_name
 from xtuner_lite.models.sampling import Sampling
@@ -118,6 +121,16 @@ def test_limits(server, files):
         server.create(user(part(huge())))
     with pytest.raises(openai.BadRequestError, match="is no image that Pillow"):
         server.create(user(part(image_name(files["damaged"].read_bytes()))))
+
+
+def test_images_of_a_request_have_a_limit_together(files, monkeypatch):
+    """They are decoded one by one and held together."""
+    monkeypatch.setattr(server_images, "MAX_PIXELS_TOGETHER", 100)
+    image = {"type": "image", "image": image_name(picture(size=(6, 10)))}
+    ask = [{"role": "user", "content": [image]}]
+    assert check_images(ask) == [(6, 10)]
+    with pytest.raises(ApiError, match="more than 100 pixels together"):
+        check_images(ask * 2)
 
 
 def test_texts_that_hold_the_image_token_and_other_roles(server, files):

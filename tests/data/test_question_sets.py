@@ -81,19 +81,21 @@ def test_images_stay_below_their_folder(images):
 
 def test_a_missing_image_is_told_before_the_training(images):
     rows = [LLAVA, {**LLAVA, "image": "b.png"}]
-    with pytest.raises(ValueError, match=r"rows:2: b\.png does not exist in image_folder"):
+    with pytest.raises(ValueError, match=r":2: b\.png does not exist in image_folder"):
         QuestionDataset(rows, image_folder=images)
     questions = QuestionDataset([LLAVA], image_folder=images)
-    (images / "a.png").unlink()
-    with pytest.raises(ValueError, match=r"question a: a\.png does not exist"):
+    (images / "red.png").unlink()
+    with pytest.raises(ValueError, match=r"question a: red\.png does not exist"):
         questions.opened(questions[0])
 
 
-def test_a_limit_and_a_fingerprint():
+def test_a_limit_and_a_fingerprint(images):
     rows = [{**LLAVA, "id": str(number)} for number in range(5)]
-    assert len(QuestionDataset(rows, limit=2)) == 2
-    assert QuestionDataset(rows).fingerprint == QuestionDataset(rows).fingerprint
-    assert QuestionDataset(rows).fingerprint != QuestionDataset(rows[:4]).fingerprint
+    whole, again, part = (
+        QuestionDataset(some, image_folder=images) for some in (rows, rows, rows[:4])
+    )
+    assert len(QuestionDataset(rows, image_folder=images, limit=2)) == 2
+    assert whole.fingerprint == again.fingerprint != part.fingerprint
     with pytest.raises(ValueError, match="limit=0 is too small"):
         QuestionDataset(rows, limit=0)
 
@@ -137,9 +139,8 @@ def test_mmbench_without_an_answer(tmp_path, answer, shown):
 
 
 def test_mmbench_with_damaged_base64(tmp_path):
-    questions = MMBenchDataset(mmbench(tmp_path, {**CHOICE, "image": "?!"}))
-    with pytest.raises(ValueError, match="question 7: .*base64 is damaged"):
-        questions.opened(questions[0])
+    with pytest.raises(ValueError, match="bench.tsv:2: .*base64 is damaged"):
+        MMBenchDataset(mmbench(tmp_path, {**CHOICE, "image": "?!"}))
 
 
 # --------------------------------------------------------------- RefCOCO

@@ -310,6 +310,14 @@ def test_a_file_with_more_than_a_projector_is_refused(parts, tmp_path):
         make(parts, pretrained_pth=tmp_path / "other.pth")
     with pytest.raises(FileNotFoundError, match="is not there"):
         make(parts, pretrained_pth=tmp_path / "nothing")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="run is a work_dir.*give the checkpoint folder"):
+        make(parts, pretrained_pth=tmp_path / "run")
+    make(parts).save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut" / "projector" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"cut/projector/model\.safetensors is damaged"):
+        make(parts, pretrained_pth=tmp_path / "cut")
 
 
 def test_a_tower_of_another_width_is_refused_with_both_named(parts, tmp_path):

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, CLIPImageProcessor
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.tiny_images import tiny_tower
 from xtuner_lite.data.dataset import ChatDataset
-from xtuner_lite.engine.checkpoint import list_checkpoints
+from xtuner_lite.engine.checkpoint import CheckpointError, list_checkpoints
 from xtuner_lite.export.llava import export_llava
 from xtuner_lite.images.vision_inputs import vision_of
 from xtuner_lite.methods.image_text import ImageTextFinetune
@@ -119,3 +119,23 @@ def test_a_tokenizer_of_another_tower_is_refused(parts, tmp_path):
     tower.config.patch_size = 4
     with pytest.raises(ValueError, match="patches are 4 pixels wide, the tokenizer's 8"):
         LLaVAModel(tiny_llama(), tower, **options)
+
+
+@pytest.mark.parametrize("change", [dict(visual_select_layer=-1), dict(pad_to_square=False)])
+def test_a_resume_sees_images_as_before(parts, tmp_path, change):
+    """Neither changes a token, a name or a trained weight."""
+
+    def start(visual_select_layer=-2, pad_to_square=True, **options):
+        tokenizer = load_llava_processor(parts / "llm", parts / "clip", pad_to_square=pad_to_square)
+        model = LLaVAModel(
+            load_causal_lm(parts / "llm"), load_visual_encoder(parts / "clip"),
+            tokenizer=tokenizer, freeze_visual_encoder=True, freeze_llm=True,
+            visual_select_layer=visual_select_layer,
+        )  # fmt: skip
+        return run(tmp_path / "run", parts, model, tokenizer, **options)
+
+    start()
+    longer = dict(resume=True, train_cfg=dict(max_iters=4))
+    with pytest.raises(CheckpointError, match="cannot be resumed exactly; .*how images are seen"):
+        start(**change, **longer)
+    assert start(**longer).iter == 4

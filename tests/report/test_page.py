@@ -1,5 +1,7 @@
 """The report page: what it shows, and that nothing of a run can run in it."""
 
+import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -135,3 +137,28 @@ def test_only_this_machine_is_answered(work_dir):  # noqa: F811
                 make_server(LiveReport(work_dir), server.server_port)
         finally:
             server.shutdown()
+
+
+def test_a_reader_that_leaves_early_is_no_error(capfd):
+    asked = threading.Event()
+    left = threading.Event()
+
+    class Slow:
+        def page(self):
+            asked.set()
+            assert left.wait(20)
+            return "x" * 20_000_000
+
+    with make_server(Slow(), 0) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        reader = socket.create_connection(("127.0.0.1", server.server_port), timeout=20)
+        reader.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert asked.wait(20)
+        # Without lingering the end is a reset, which the server meets while it writes.
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        reader.close()
+        left.set()
+        server.shutdown()
+        thread.join(20)
+    assert "Traceback" not in capfd.readouterr().err

@@ -202,9 +202,15 @@ def read_projector(path: str | Path) -> dict[str, Tensor]:
     if file.suffix in PTH_SUFFIXES:
         tensors = read_pth(file)
     else:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors = load_file(str(file))
+        try:
+            tensors = load_file(str(file))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is damaged, or no .safetensors file ({error}); take another checkpoint"
+            ) from error
     found, others = {}, []
     for name, tensor in tensors.items():
         if match := _NUMBERED.match(name):
@@ -270,6 +276,8 @@ def _projector_file(path: Path) -> Path:
         if file.is_file():
             return file
     what = "holds no projector" if path.is_dir() else "is not there"
+    if (path / "checkpoints").is_dir():
+        what = "is a work_dir, which holds its checkpoints in checkpoints/"
     raise FileNotFoundError(
         f"{path} {what}; give the checkpoint folder of a LLaVA run, XTuner's projector folder, or "
         "a projector's file (.safetensors, .pth)"

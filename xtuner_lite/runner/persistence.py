@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +26,8 @@ from xtuner_lite.engine.distributed import (
 from xtuner_lite.engine.pieces import PieceReader, copy_to_cpu, trainable_names, write_pieces
 from xtuner_lite.engine.state_io import load_state, save_state
 from xtuner_lite.engine.strategies.fsdp2_sharding import original_class
-from xtuner_lite.images.vision_inputs import save_tokenizer
+from xtuner_lite.images.vision_inputs import save_tokenizer, vision_of
+from xtuner_lite.models.packed_forward import unwrap_adapter
 from xtuner_lite.version import __version__
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ _MUST_MATCH = {
     "data_order": "the order of the samples (sampler, seed)",
     "method": "the training method",
     "frozen_weights": "the model under the trained weights (model.llm.path)",
+    "features": "how images are seen (the processor's settings, visual_select_layer)",
     "compute_dtype": "compute dtype (optim_wrapper.dtype)",
 }
 
@@ -158,7 +161,24 @@ def describe_run(runner: Runner) -> dict[str, Any]:
         "data_order": runner.train_dataloader.order_digest,
         "method": original_class(runner.model).__name__,
         "frozen_weights": runner.frozen_weights,
+        "features": _features(runner),
     }
+
+
+def _features(runner: Runner) -> str | None:
+    """What decides the pixels and which features of them are taken; None for a run of text.
+
+    The data's fingerprint tells tokens and names of images only.
+    """
+    vision = vision_of(runner.tokenizer)
+    if vision is None:
+        return None
+    settings = json.dumps(vision.settings(), sort_keys=True)
+    config = getattr(unwrap_adapter(getattr(runner.model, "llm", None)), "config", None)
+    layer, strategy = (
+        getattr(config, f"vision_feature_{name}", None) for name in ("layer", "select_strategy")
+    )
+    return f"layer {layer}, {strategy}, {hashlib.sha256(settings.encode()).hexdigest()[:12]}"
 
 
 def read_meta(path: Path) -> dict[str, Any]:
