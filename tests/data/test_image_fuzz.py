@@ -75,7 +75,7 @@ def as_is(row):
     return row
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(25))
 def test_random_conversations(tokenizer, folder, seed):
     rng = random.Random(seed)
     rows = [{"messages": conversation(rng)} for _ in range(5)]

@@ -85,6 +85,7 @@ def shares(work_dir):
     return runner.val()
 
 
+@pytest.mark.slow  # two ranks: 12 s
 def test_ranks_share_the_questions(tmp_path):
     first, second = run_ranks(shares, tmp_path)
     assert first == second
