@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from xtuner_lite.models.hub import LLAVA_JSON, MODEL_CONFIG
-
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+from xtuner_lite.models.hub import LLAVA_JSON, MODEL_CONFIG, PROCESSOR_FILES
 
 
 def sees_images(folder: Path) -> bool:
@@ -25,7 +23,7 @@ def reads_text_only(folder: Path) -> bool:
 
 def has_processor(folder: Path) -> bool:
     """Whether the settings of an image processor lie in a folder."""
-    return any((folder / name).is_file() for name in _PROCESSOR_FILES)
+    return any((folder / name).is_file() for name in PROCESSOR_FILES)
 
 
 def _config(folder: Path) -> dict[str, Any]:

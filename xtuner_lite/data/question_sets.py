@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 
 from xtuner_lite.data.choose_map_fn import map_function, recognised
 from xtuner_lite.data.messages import BadRow, check_messages
+from xtuner_lite.data.row_images import image_files
 from xtuner_lite.data.sources import Row, open_sources, read_rows
-from xtuner_lite.images.files import ImageError, ImageFiles, image_name
+from xtuner_lite.images.files import ImageError, image_name
 from xtuner_lite.images.vision_inputs import images_of
 from xtuner_lite.registry import DATASETS
 from xtuner_lite.structures import Message
@@ -78,10 +79,7 @@ class QuestionSet(Dataset, ABC):
             raise ValueError(f"limit={limit!r} is too small; at least 1, or None")
         self.name = name or (str(data) if isinstance(data, (str, Path)) else "questions")
         sources = open_sources(data)
-        if image_folder is None:
-            path = next((source.path for source in sources if source.path is not None), None)
-            image_folder = Path.cwd() if path is None else path.parent
-        self.files = ImageFiles(Path(image_folder).expanduser().absolute())
+        self.files = image_files(sources, image_folder)
         rows = islice(chain.from_iterable(source.rows() for source in sources), limit)
         self._questions = [self._read(row) for row in rows]
 

@@ -143,6 +143,15 @@ def row_images(
             "packing='concat' cuts rows anywhere, images too; with images allowed: "
             "packing='best_fit' or 'none'"
         )
+    return RowImages(vision, image_files(sources, image_folder))
+
+
+def image_files(sources: Sequence[Source], image_folder: str | Path | None) -> ImageFiles:
+    """What opens the images of some sources: in ``image_folder``, or beside the first file.
+
+    Raises:
+        ValueError: image_folder is no folder.
+    """
     if image_folder is None:
         path = next((source.path for source in sources if source.path is not None), None)
         image_folder = Path.cwd() if path is None else path.parent
@@ -152,7 +161,7 @@ def row_images(
             f"image_folder={str(image_folder)!r} is no folder; name the one that the images' paths "
             "in the rows begin from"
         )
-    return RowImages(vision, ImageFiles(folder.absolute()))
+    return ImageFiles(folder.absolute())
 
 
 def image_options(row_images: RowImages | None) -> dict[str, Any]:
@@ -162,4 +171,4 @@ def image_options(row_images: RowImages | None) -> dict[str, Any]:
     return {"image_folder": str(row_images.files.folder), "vision": row_images.vision.settings()}
 
 
-__all__ = ["BadImage", "RowImages", "image_options", "images_in_part", "row_images"]
+__all__ = ["BadImage", "RowImages", "image_files", "image_options", "images_in_part", "row_images"]

@@ -122,7 +122,9 @@ class LengthGroupedSampler(EpochSampler):
                 f"by_modality=True needs the images of each sample, and {type(dataset).__name__} "
                 "has no attribute 'num_images'. Add it, or leave by_modality out."
             )
-        self.has_images = np.asarray(num_images) > 0 if by_modality else self.lengths < 0
+        # Without by_modality all samples are of one kind.
+        counts = num_images if by_modality else np.zeros(len(self.lengths))
+        self.has_images = np.asarray(counts) > 0
         self.group_size, self.window_steps = group_size, window_steps
 
     def order(self, epoch: int) -> np.ndarray:

@@ -15,15 +15,15 @@ from xtuner_lite.export.publish import ExportError, Receipt, describe_folder, pu
 from xtuner_lite.export.sources import copy_tokenizer, newest_checkpoint, tokenizer_folder
 from xtuner_lite.export.tensor_files import parse_size
 from xtuner_lite.export.verify import TOLERANCE
-from xtuner_lite.models.hub import LLAVA_JSON, MODEL_CONFIG
+from xtuner_lite.models.hub import LLAVA_JSON, MODEL_CONFIG, PROCESSOR_FILES
 from xtuner_lite.models.modes import without_progress_bars
+from xtuner_lite.models.packed_forward import unwrap_adapter
 from xtuner_lite.structures import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
 Form = Literal["hf", "xtuner"]
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _LLAVA_TYPES = ("llava", "llava_mlp")
 
 
@@ -63,7 +63,7 @@ def export_llava(
     max_bytes = parse_size(max_shard_size)
     folder = Path(newest_checkpoint(source)).expanduser()
     model, own_dtype = _open(folder, llm, visual_encoder)
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = unwrap_adapter(model)
     depth = getattr(base.config, "projector_depth", 2)
     if form == "hf" and depth != 2:
         raise ExportError(
@@ -149,7 +149,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     """Tokenizer, template and processor, byte for byte."""
     if tokenizer_folder(source) is not None:
         copy_tokenizer(source, target)
-    for name in _PROCESSOR_FILES:
+    for name in PROCESSOR_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xtuner_lite.export.verify import Comparison
 from xtuner_lite.models.image_inputs import image_token_id
+from xtuner_lite.models.packed_forward import unwrap_adapter
 
 _QUESTIONS = ("What does the picture show?", "Describe the image.")
 _NUM_NEW_TOKENS = 8
@@ -44,7 +45,7 @@ def image_answers(model: Any, folder: Path) -> ImageAnswers:
         model: an image-text model in float32, or a PeftModel around one.
         folder: where its processor lies, if it has one.
     """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = unwrap_adapter(model)
     prompts, images, has_processor = _prompts(base, folder)
     answers = [_continued(base, ids, image) for ids, image in zip(prompts, images)]
     return ImageAnswers(

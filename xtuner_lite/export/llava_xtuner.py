@@ -25,10 +25,12 @@ from xtuner_lite.models.llava_files import (
     LlavaParts,
     is_llava_run,
     load_projector,
+    parts_of,
     read_projector,
     save_projector,
 )
 from xtuner_lite.models.modes import without_progress_bars
+from xtuner_lite.models.packed_forward import unwrap_adapter
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedModel
@@ -50,7 +52,7 @@ def write_xtuner_folder(model: Any, target: Path, source: Path, max_bytes: int) 
     Raises:
         ExportError: the adapter is of a kind that cannot be cut in two.
     """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = unwrap_adapter(model)
     save_projector(base.model.multi_modal_projector, target / PROJECTOR_DIR)
     if hasattr(model, "peft_config"):
         _write_adapters(model, base, target, LlavaParts.read(source))
@@ -60,7 +62,7 @@ def write_xtuner_folder(model: Any, target: Path, source: Path, max_bytes: int) 
         with without_progress_bars():
             for name, part in (
                 (LLM_DIR, _language_model(base)),
-                (VISUAL_ENCODER_DIR, _tower(base)),
+                (VISUAL_ENCODER_DIR, base.model.vision_tower),
             ):
                 part.save_pretrained(str(target / name), max_shard_size=max_bytes)
 
@@ -85,29 +87,17 @@ def open_xtuner_folder(
 
     if is_llava_run(source):
         parts = LlavaParts.read(source)
-        settings = dict(
-            image_token_id=parts.image_token_id, projector_depth=parts.projector_depth,
-            visual_select_layer=parts.visual_select_layer,
-            visual_select_strategy=parts.visual_select_strategy,
-        )  # fmt: skip
-        places = {"llm": llm or parts.llm, "visual_encoder": visual_encoder or parts.visual_encoder}
-    else:
+    else:  # all parts lie in ``folder``
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(str(source))
-        settings = dict(
-            image_token_id=config.image_token_id,
-            projector_depth=getattr(config, "projector_depth", 2),
-            visual_select_layer=config.vision_feature_layer,
-            visual_select_strategy=config.vision_feature_select_strategy,
-        )  # fmt: skip
-        places = {}
+        parts = parts_of(AutoConfig.from_pretrained(str(source)), "", "")
+    places = {"llm": llm or parts.llm, "visual_encoder": visual_encoder or parts.visual_encoder}
     for name in ("llm", "visual_encoder"):
         if (folder / name).is_dir():
             places[name] = folder / name
     text = load_causal_lm(places["llm"], dtype="fp32", attn="sdpa")
     tower = load_visual_encoder(places["visual_encoder"], dtype="fp32")
-    model = build_llava(text, tower, **settings)
+    model = build_llava(text, tower, **parts.building())
     load_projector(model.model.multi_modal_projector, read_projector(folder), folder)
     if (folder / _ADAPTER_DIRS["llm"]).is_dir():
         PeftModel.from_pretrained(text, str(folder / _ADAPTER_DIRS["llm"])).merge_and_unload()
@@ -198,7 +188,3 @@ def _language_model(base: Any) -> PreTrainedModel:
     model.set_output_embeddings(base.lm_head)
     model.generation_config = copy.deepcopy(base.generation_config)
     return model
-
-
-def _tower(base: Any) -> PreTrainedModel:
-    return base.model.vision_tower

@@ -30,6 +30,16 @@ class ImageError(ValueError):
     """An image that cannot be used; says which and why."""
 
 
+def is_data_uri(name: str) -> bool:
+    """Whether a name holds the image itself (``data:image/png;base64,...``)."""
+    return name[: len(_DATA_PREFIX)].lower() == _DATA_PREFIX
+
+
+def is_web_address(name: str) -> bool:
+    """Whether a name is an address, which nothing here fetches."""
+    return name.lower().startswith(_URL_PREFIXES)
+
+
 @dataclass(frozen=True)
 class ImageFiles:
     """Opens the images that rows name.
@@ -51,7 +61,7 @@ class ImageFiles:
         Raises:
             ImageError: the name leads out of the folder, or is a web address.
         """
-        if name.lower().startswith(_URL_PREFIXES):
+        if is_web_address(name):
             raise ImageError(
                 f"{shown_name(name)} is a web address, which is not fetched; download the image "
                 "into image_folder and name the file"
@@ -144,7 +154,7 @@ class ImageFiles:
             raise ImageError(f"{shown_name(name)} cannot be decoded: {error}") from error
 
     def _source(self, name: str) -> Path | io.BytesIO:
-        if name[: len(_DATA_PREFIX)].lower() == _DATA_PREFIX:
+        if is_data_uri(name):
             return io.BytesIO(_decoded(name))
         path = self.path_of(name)
         if not path.is_file():

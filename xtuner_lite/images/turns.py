@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xtuner_lite.images.files import ImageError, ImageFiles, image_name
+from xtuner_lite.images.files import (
+    ImageError,
+    ImageFiles,
+    image_name,
+    is_data_uri,
+    is_web_address,
+)
 from xtuner_lite.structures import Message
-
-_DATA_PREFIX = "data:"
-_URL_PREFIXES = ("http://", "https://", "ftp://", "s3://")
 
 
 def user_turn(text: str, images: Sequence[Any] = ()) -> Message:
@@ -36,7 +39,7 @@ def local_image(name: str) -> tuple[str, tuple[int, int]]:
         ImageError: there is no such file, it is damaged, too large or no image, or it is an
             address, which is not fetched.
     """
-    if name.lower().startswith(_URL_PREFIXES):
+    if is_web_address(name):
         raise ImageError(f"{name} is a web address, which is not fetched; download it first")
     path = Path(name.removeprefix("file://")).expanduser().absolute()
     if not path.is_file():
@@ -55,9 +58,9 @@ def local_name(name: str, folder: Path) -> str:
     Raises:
         ImageError: it is an address, which is not fetched.
     """
-    if name[: len(_DATA_PREFIX)].lower() == _DATA_PREFIX:
+    if is_data_uri(name):
         return name
-    if name.lower().startswith(_URL_PREFIXES):
+    if is_web_address(name):
         raise ImageError(f"{name} is a web address, which is not fetched; download the image")
     return str((folder / Path(name.removeprefix("file://")).expanduser()).absolute())
 
@@ -83,7 +86,7 @@ def shown_image(image: Any) -> str:
     """An image's file name; what is known of one without a name."""
     if hasattr(image, "size") and hasattr(image, "convert"):
         return f"image of {image.size[0]}x{image.size[1]} pixels"
-    if isinstance(image, str) and image[: len(_DATA_PREFIX)].lower() != _DATA_PREFIX:
+    if isinstance(image, str) and not is_data_uri(image):
         return Path(image).name
     return "image"
 
@@ -92,7 +95,7 @@ def with_named_images(messages: Sequence[Message]) -> list[Message]:
     """The messages as plain data for a log: images by their paths, others by what is known."""
 
     def named(image: Any) -> str:
-        is_path = isinstance(image, str) and image[: len(_DATA_PREFIX)].lower() != _DATA_PREFIX
+        is_path = isinstance(image, str) and not is_data_uri(image)
         return image if is_path else shown_image(image)
 
     return [_with_images(message, named) for message in messages]
@@ -106,7 +109,7 @@ def with_saved_images(messages: Sequence[Message], folder: Path) -> list[Message
 
     def saved(image: Any) -> str:
         name = image_name(image)
-        if name[: len(_DATA_PREFIX)].lower() == _DATA_PREFIX:
+        if is_data_uri(name):
             return name
         path = Path(name).absolute()
         return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)

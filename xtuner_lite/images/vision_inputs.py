@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xtuner_lite.images.files import ImageError, ImageFiles, image_name, to_rgb
+from xtuner_lite.images.files import ImageError, ImageFiles, image_name, is_data_uri, to_rgb
 from xtuner_lite.structures import Message
 from xtuner_lite.templates.adapter import ChatTemplate
 from xtuner_lite.templates.layout import Layout, RowRefused, Span, TemplateError
@@ -82,6 +82,7 @@ class VisionInputs:
             )
         self._texts: dict[Size, str] = {}
         self._counts: dict[Size, int] = {}
+        self._filler: tuple[list[int], dict[str, Tensor]] | None = None
         tokenizer = processor.tokenizer
         # Gemma 3 writes one token where an image begins and repeats another.
         token = getattr(tokenizer, "image_token", None) or self.image_token
@@ -190,7 +191,11 @@ class VisionInputs:
                 )
 
     def prompt(
-        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        template: ChatTemplate | None = None,
     ) -> tuple[list[int], dict[str, Tensor]]:
         """What a model generates a reply from: token ids, and the model inputs of the images.
 
@@ -198,6 +203,7 @@ class VisionInputs:
             messages: the conversation; images are PIL images or what ``image_name`` takes, paths
                 from the working directory.
             tools: JSON schemas of tools, for the template.
+            template: of the tokenizer; None makes one.
 
         Raises:
             ImageError: an image cannot be read.
@@ -221,7 +227,7 @@ class VisionInputs:
                 self.check_no_image_token(content, f"message {index + 1}")
             plain.append(message)
         tokenizer = self.processor.tokenizer
-        text = ChatTemplate(tokenizer).render_prompt(plain, tools)
+        text = (template or ChatTemplate(tokenizer)).render_prompt(plain, tools)
         text = self.expand(text, [picture.size for picture in pictures])
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         return ids, self.model_inputs(pictures)
@@ -244,8 +250,13 @@ class VisionInputs:
         return {key: value for key, value in data.items() if key not in _TEXT_KEYS}
 
     def filler(self) -> tuple[list[int], dict[str, Tensor]]:
-        """Token ids and model inputs of a small blank image, for batches without one."""
-        return self.expansion(_FILLER_SIZE), self.model_inputs([_blank(_FILLER_SIZE)])
+        """Token ids and model inputs of a small blank image, for batches without one.
+
+        They are made once: treat them as read-only.
+        """
+        if self._filler is None:
+            self._filler = self.expansion(_FILLER_SIZE), self.model_inputs([_blank(_FILLER_SIZE)])
+        return self._filler
 
     def _processed(self, text: str, images: list[Image.Image], **options: Any) -> Any:
         try:
@@ -301,7 +312,7 @@ def _opened(image: Any, files: ImageFiles) -> Image.Image:
     if hasattr(image, "convert") and hasattr(image, "size"):
         return to_rgb(image)
     name = image_name(image)
-    return files.open(name if name.lower().startswith("data:") else str(Path(name).absolute()))
+    return files.open(name if is_data_uri(name) else str(Path(name).absolute()))
 
 
 def _blank(size: Size) -> Image.Image:

@@ -188,13 +188,18 @@ class TrainingMethod(nn.Module, ABC):
 
 def build_llm(llm: nn.Module | dict[str, Any]) -> PreTrainedModel:
     """The model itself, or the one its config describes."""
-    if isinstance(llm, nn.Module):
-        return llm
-    if isinstance(llm, dict) and "type" in llm:
-        return MODELS.build(llm)
+    return build_model(llm, "llm", "load_causal_lm")
+
+
+def build_model(model: nn.Module | dict[str, Any], name: str, loader: str) -> PreTrainedModel:
+    """As build_llm, of an argument ``name`` that ``loader`` usually fills."""
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, dict) and "type" in model:
+        return MODELS.build(model)
     raise TypeError(
-        f"llm is {llm!r}; it must be a transformers model or a config with a type; write "
-        "llm=dict(type=load_causal_lm, path=...)"
+        f"{name} is {model!r}; it must be a transformers model or a config with a type; write "
+        f"{name}=dict(type={loader}, path=...)"
     )
 
 

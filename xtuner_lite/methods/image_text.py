@@ -16,6 +16,7 @@ from xtuner_lite.models.adapters import add_adapter, build_peft_config
 from xtuner_lite.models.image_inputs import plain_inputs
 from xtuner_lite.models.image_text_parts import (
     Part,
+    all_wanting_gradients,
     find_parts,
     target_part,
     unreached_parameters,
@@ -112,21 +113,11 @@ class ImageTextFinetune(SupervisedFinetune):
         vision = vision_of(self.tokenizer)
         if vision is None:
             return set()
-        wanted = {name: p.requires_grad for name, p in model.named_parameters()}
-        was_training = model.training
-        model.eval()
-        try:
-            for parameter in model.parameters():
-                parameter.requires_grad_(parameter.is_floating_point())
-            ids, images = vision.filler()
-            images = {name: value.to(model.device) for name, value in images.items()}
-            ids = torch.tensor([ids], device=model.device)
-            with torch.enable_grad():
-                out = model.base_model(**plain_inputs(model, ids, images), use_cache=False)
+        ids, images = vision.filler()
+        images = {name: value.to(model.device) for name, value in images.items()}
+        ids = torch.tensor([ids], device=model.device)
+        with all_wanting_gradients(model):
+            out = model.base_model(**plain_inputs(model, ids, images), use_cache=False)
             unused = unreached_parameters(model, out.last_hidden_state)
-        finally:
-            model.train(was_training)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(wanted[name])
         parts = find_parts(model)
         return {name for name in unused if parts.part_of(name) != "llm"}

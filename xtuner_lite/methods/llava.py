@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from xtuner_lite.images.vision_inputs import vision_of
-from xtuner_lite.methods.base import build_llm, refuse_quantised_training
+from xtuner_lite.methods.base import build_llm, build_model, refuse_quantised_training
 from xtuner_lite.methods.image_text import ImageTextFinetune
 from xtuner_lite.methods.llava_tokens import image_token_of, select_strategy_of
 from xtuner_lite.methods.llava_weights import take_weights
@@ -102,7 +102,8 @@ class LLaVAModel(ImageTextFinetune):
         head_chunk_tokens: int = 512,
         self_check: bool = True,
     ) -> None:
-        text, tower = build_llm(llm), _build_tower(visual_encoder)
+        text = build_llm(llm)
+        tower = build_model(visual_encoder, "visual_encoder", "load_visual_encoder")
         vision = vision_of(tokenizer)
         # Read by _adapted, which runs inside the constructor of the base.
         self._llm_is: How = _how(llm_lora, freeze_llm)
@@ -240,7 +241,7 @@ class LLaVAModel(ImageTextFinetune):
                 )
         if self.has_adapter:
             super().save_pretrained(folder, state)
-        parts_of(self.llava, *self._places).write(folder)
+        parts_of(self.llava.config, *self._places).write(folder)
 
     def plan_streamed_save(self) -> SavePlan | None:
         """See TrainingMethod.plan_streamed_save."""
@@ -306,17 +307,6 @@ def _train_in_full(module: nn.Module, *, base_dtype: bool, unused: Iterable[str]
         parameter.requires_grad_(name not in unused)
         if parameter.requires_grad and not base_dtype:
             parameter.data = parameter.data.float()
-
-
-def _build_tower(visual_encoder: nn.Module | dict[str, Any]) -> PreTrainedModel:
-    if isinstance(visual_encoder, nn.Module):
-        return visual_encoder
-    if isinstance(visual_encoder, dict) and "type" in visual_encoder:
-        return MODELS.build(visual_encoder)
-    raise TypeError(
-        f"visual_encoder is {visual_encoder!r}; it must be a vision tower or a config with a type; "
-        "write visual_encoder=dict(type=load_visual_encoder, path=...)"
-    )
 
 
 def _place(model: PreTrainedModel) -> str:

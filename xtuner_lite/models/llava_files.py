@@ -26,7 +26,7 @@ from xtuner_lite.models.pth import read_pth
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import LlavaForConditionalGeneration, PreTrainedModel
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 PROJECTOR_DIR = "projector"
 VISUAL_ENCODER_DIR = "visual_encoder"
@@ -48,6 +48,10 @@ class LlavaParts:
     visual_select_strategy: str
     image_token_id: int
     image_seq_length: int
+
+    def building(self) -> dict[str, Any]:
+        """How the parts are put together: the keywords of build_llava."""
+        return {k: v for k, v in asdict(self).items() if k not in ("llm", "visual_encoder")}
 
     def write(self, folder: Path) -> None:
         """Writes ``llava.json``."""
@@ -77,9 +81,8 @@ def is_llava_run(path: str | Path) -> bool:
     return (folder / LLAVA_JSON).is_file() and not (folder / MODEL_CONFIG).is_file()
 
 
-def parts_of(model: LlavaForConditionalGeneration, llm: str, visual_encoder: str) -> LlavaParts:
-    """The note about a LLaVA whose parts were loaded from these paths."""
-    config = model.config
+def parts_of(config: LlavaConfig, llm: str, visual_encoder: str) -> LlavaParts:
+    """The note about a LLaVA of this config whose parts were loaded from these paths."""
     return LlavaParts(
         llm=lasting_path(llm),
         visual_encoder=lasting_path(visual_encoder),
@@ -135,15 +138,7 @@ def open_llava_run(
             f"a part of the LLaVA in {folder} is not where {LLAVA_JSON} says: {error} Name its "
             "place now: llm=... or visual_encoder=..."
         ) from error
-    model = build_llava(
-        text,
-        tower,
-        image_token_id=parts.image_token_id,
-        projector_depth=parts.projector_depth,
-        visual_select_layer=parts.visual_select_layer,
-        visual_select_strategy=parts.visual_select_strategy,
-        image_seq_length=parts.image_seq_length,
-    )
+    model = build_llava(text, tower, **parts.building())
     load_projector(model.model.multi_modal_projector, read_projector(folder), folder)
     # What an adapter trained on top would name as its base.
     model.name_or_path = model.config._name_or_path = str(folder.resolve())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from xtuner_lite.images.vision_inputs import give_vision
-from xtuner_lite.models.hub import Hub, resolve_model_path
+from xtuner_lite.models.hub import PROCESSOR_FILES, Hub, resolve_model_path
 from xtuner_lite.models.loading import load_tokenizer
 from xtuner_lite.registry import MODELS
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 SelectStrategy = Literal["default", "full"]
 #: Kinds of towers whose position table is for images of one size; DINOv2 stretches its own.
 _OF_ONE_SIZE = ("clip_vision_model", "siglip_vision_model", "vit", "deit")
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 @MODELS.register_module()
@@ -50,9 +49,9 @@ def load_processor(
     from xtuner_lite.templates import apply_template
 
     folder = resolve_model_path(path, hub=hub, revision=revision, as_published=True)
-    if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         raise ValueError(
-            f"{folder} has no processor ({' or '.join(_PROCESSOR_FILES)}), so it reads text only; "
+            f"{folder} has no processor ({' or '.join(PROCESSOR_FILES)}), so it reads text only; "
             "use load_tokenizer, or load_llava_processor to put a vision tower before it"
         )
     processor = AutoProcessor.from_pretrained(
@@ -125,7 +124,7 @@ def load_llava_processor(
             f"visual_select_strategy={visual_select_strategy!r}; allowed: 'default' (drops the "
             "class token), 'full'"
         )
-    if not tower.has_class_token and visual_select_strategy == "default":
+    if not tower.num_extra_tokens and visual_select_strategy == "default":
         raise ValueError(
             f"{visual_encoder} ({tower.model_type}) has no class token to drop; set "
             "visual_select_strategy='full'"
@@ -155,6 +154,8 @@ class _Tower:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoConfig
 
+        from xtuner_lite.models.llava import extra_tokens_of
+
         config = AutoConfig.from_pretrained(str(folder))
         config = getattr(config, "vision_config", None) or config
         self.folder, self.model_type = folder, config.model_type
@@ -166,10 +167,7 @@ class _Tower:
                 "image_size; allowed: vision transformers with square patches (CLIP, SigLIP, "
                 "DINOv2, ViT)"
             )
-        self.has_class_token = not self.model_type.startswith("siglip")
-        # Registers stand between the class token and the patches.
-        registers = getattr(config, "num_register_tokens", 0) or 0
-        self.num_extra_tokens = int(self.has_class_token) + registers
+        self.num_extra_tokens = extra_tokens_of(config)
         path = folder / "preprocessor_config.json"
         if not path.is_file():
             raise ValueError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner_lite.chat.server.errors import ApiError, bad_request
-from xtuner_lite.images.files import ImageError, ImageFiles
+from xtuner_lite.images.files import ImageError, ImageFiles, is_data_uri
 from xtuner_lite.structures import Message
 
 #: Pixels of the largest image that is decoded; photographs of telephones have up to 50 million.
@@ -16,7 +16,6 @@ MAX_PIXELS = 50_000_000
 MAX_PIXELS_TOGETHER = 200_000_000
 #: Images of one request.
 MAX_IMAGES = 16
-_SCHEME = "data:"
 _FORM = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
 
 
@@ -31,7 +30,7 @@ def read_image_part(part: dict[str, Any], where: str) -> dict[str, Any]:
     url = holder.get("url") if isinstance(holder, dict) else None
     if not isinstance(url, str):
         raise _refused(f"{where} is an image without a URL; send {_FORM}", where)
-    if url[: len(_SCHEME)].lower() != _SCHEME:
+    if not is_data_uri(url):
         start = url if len(url) <= 40 else url[:37] + "..."
         raise _refused(
             f"{where} names {start!r}; this server fetches no addresses and opens no files: send "
