@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from tests.vision_parts import save_tiny_dinov2, save_tiny_llm
 from xtuner_lite.cli.estimate import STRATEGIES, _bytes
 from xtuner_lite.cli.main import main
 
@@ -94,12 +95,31 @@ def test_what_is_refused(project, capsys):
     assert "empty has no config.json; give a folder that holds one" in capsys.readouterr().err
 
 
-def test_a_model_that_sees_is_told_apart():
-    from xtuner_lite.runner.estimate import EstimateError, estimate
+def test_a_llava(tmp_path, capsys, monkeypatch):
+    from xtuner_lite.config import load_config
+    from xtuner_lite.runner.estimate import estimate
 
-    model = dict(llm=dict(type="load_causal_lm", path="x"), visual_encoder=dict(path="y"))
-    with pytest.raises(EstimateError, match="a model that sees"):
-        estimate(dict(model=model))
+    monkeypatch.chdir(tmp_path)
+    save_tiny_llm(tmp_path / "llm")
+    save_tiny_dinov2(tmp_path / "tower", image_size=224)
+    (tmp_path / "rows.json").write_text("[]")
+    config = "smollm2_135m_dinov2_small_finetune_custom"
+    parts = ["model_path=llm", "visual_encoder_path=tower", "data_path=rows.json",
+             "image_folder=.", "max_length=1024"]  # fmt: skip
+    words = ["estimate", config, "--device", "cpu", "--cfg-options", *parts]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "a micro-batch of 1 x 1,024 tokens" in text
+    assert "with 4 images of 224 x 224 pixels (256 tokens each), the most that" in text
+    overrides = [tuple(part.split("=")) for part in parts[:-1]] + [("max_length", 1024)]
+    frozen, trained = (
+        estimate(load_config(config, overrides=[*overrides, *more]), device_type="cpu")
+        for more in ([], [("model.freeze_visual_encoder", False)])
+    )
+    assert trained.trainable - frozen.trainable > 20_000  # those of the tower
+    assert trained.table["single"].activations > 1.2 * frozen.table["single"].activations
+    assert main([*words, "model.visual_encoder.type=load_causal_lm"]) == 2
+    assert "dict(type=load_visual_encoder, path=...)" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_here(project, capsys, monkeypatch):

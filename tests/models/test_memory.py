@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import AutoConfig, LlamaConfig
 
 from tests.tiny import tiny_llama
+from tests.tiny_images import IMAGE, plain_images, tiny_tower
 from xtuner_lite.engine import cpu_bf16
 from xtuner_lite.engine.precision import Precision
 from xtuner_lite.methods.functional import chunked_head_loss
+from xtuner_lite.methods.llava import LLaVAModel
 from xtuner_lite.methods.sft import SupervisedFinetune
 from xtuner_lite.models.live_tensors import LiveTensors
 from xtuner_lite.models.memory import (
@@ -21,8 +24,9 @@ from xtuner_lite.models.memory import (
     one_pass,
     trace_activations,
 )
+from xtuner_lite.models.packed_forward import unwrap_adapter
 from xtuner_lite.models.quantized import quantized_bytes
-from xtuner_lite.models.skeleton import build_skeleton
+from xtuner_lite.models.skeleton import build_skeleton, build_tower_skeleton
 
 
 @pytest.fixture(autouse=True)
@@ -162,3 +166,41 @@ def test_bytes_of_a_quantised_base():
     assert quantized_bytes(method.llm, None, torch.bfloat16) == (0, 0)
     with pytest.raises(ValueError, match="memory is known for '4bit', '8bit'"):
         quantized_bytes(method.llm, {"bits": 3}, torch.bfloat16)
+
+
+LLAVAS = {
+    "projector": dict(freeze_llm=True, freeze_visual_encoder=True),
+    "adapter": dict(llm_lora=LoraConfig(r=2), freeze_visual_encoder=True),
+    "adapters": dict(llm_lora=LoraConfig(r=2), visual_encoder_lora=LoraConfig(r=2)),
+    "whole": dict(),
+}
+
+
+@pytest.mark.parametrize("kind", LLAVAS)
+def test_a_llava_keeps_what_its_own_forward_keeps(kind):
+    llm, tower = tiny_llama(num_layers=3), tiny_tower()
+    llm.set_attn_implementation("packed_sdpa")
+    options = dict(image_token_id=IMAGE, **LLAVAS[kind])
+    planned_llm, planned_tower = (
+        build_skeleton(llm.config, attn="packed_sdpa"), build_tower_skeleton(tower.config)
+    )  # fmt: skip
+    with torch.device("meta"):
+        planned = LLaVAModel(planned_llm, planned_tower, **options)
+    found = trace_activations(
+        planned.llm, batch_size=1, length=96, dtype=torch.float32, autocast=False,
+        head_loss=chunked_head_loss, image_shape=(3, 3, 16, 16),
+    )  # fmt: skip
+    real = LLaVAModel(llm, tower, **options).llm.train()
+    ids = torch.tensor([[*[IMAGE] * 12, *range(5, 89)]])
+    pixels = plain_images(3)["pixel_values"]
+    gc.collect()
+    watch = LiveTensors([ids, pixels, *real.buffers()], real.parameters())
+    one = dict(cu_seq_lens_q=np.array([0, 96]), cu_seq_lens_k=np.array([0, 96]),
+               max_length_q=96, max_length_k=96)  # fmt: skip
+    with watch:
+        out = unwrap_adapter(real).model(input_ids=ids, pixel_values=pixels, use_cache=False, **one)
+        hidden = out.last_hidden_state
+        del out
+        kept = watch.now
+    assert hidden.requires_grad
+    assert found.saved == kept

@@ -70,12 +70,13 @@ def trace_activations(
     head: Literal["chunked", "model"] = "chunked",
     head_chunk_tokens: int = 512,
     head_loss: Callable[..., Any],
+    image_shape: tuple[int, int, int, int] | None = None,
     all_layers: bool = False,
 ) -> ActivationMemory:
     """Activation memory of one micro-batch in which every token is a target.
 
     Args:
-        llm: a model or PeftModel on the meta device.
+        llm: a model or PeftModel on the meta device; with ``image_shape`` a LLaVA.
         batch_size: packed samples of the micro-batch.
         length: tokens of a sample.
         dtype: compute dtype.
@@ -85,6 +86,7 @@ def trace_activations(
         head: as the training method has it.
         head_chunk_tokens: as the training method has it.
         head_loss: methods.functional.chunked_head_loss.
+        image_shape: of a LLaVA's images in the micro-batch, [n, 3, height, width].
         all_layers: run every layer instead of counting layers that are built alike.
 
     Raises:
@@ -95,7 +97,7 @@ def trace_activations(
     def run(chosen: list[int] | None) -> _Pass:
         return _run_or_tell(
             llm, chosen, batch_size * length, batch_size, dtype, autocast,
-            activation_checkpointing, head, head_chunk_tokens, head_loss,
+            activation_checkpointing, head, head_chunk_tokens, head_loss, image_shape,
         )  # fmt: skip
 
     layers = decoder_layers(unwrap_adapter(llm).get_decoder())
@@ -152,6 +154,7 @@ def _run(
     head: str,
     chunk_tokens: int,
     head_loss: Callable[..., Any],
+    image_shape: tuple[int, int, int, int] | None,
 ) -> _Pass:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -160,13 +163,14 @@ def _run(
         _make_fake(model, trained=torch.float32 if autocast else dtype, frozen=dtype)
         ids = torch.zeros(batch_size, num_tokens // batch_size, dtype=torch.int64)
         targets = torch.zeros(num_tokens, dtype=torch.int64)
-        inputs = [ids, targets]
+        pixels = None if image_shape is None else torch.zeros(image_shape)
+        inputs = [ids, targets, *([] if pixels is None else [pixels])]
         watch = LiveTensors([*inputs, *model.buffers()], model.parameters())
         with watch:
             return one_pass(
                 model, ids, targets, watch, dtype=dtype, autocast=autocast,
                 checkpointing=checkpointing, head=head, chunk_tokens=chunk_tokens,
-                head_loss=head_loss,
+                head_loss=head_loss, pixels=pixels,
             )  # fmt: skip
 
 
@@ -182,12 +186,14 @@ def one_pass(
     head: str,
     chunk_tokens: int,
     head_loss: Callable[..., Any],
+    pixels: Tensor | None = None,
 ) -> _Pass:
     """One forward and backward pass of a model under ``watch``; gradients are dropped at once.
 
     Args:
         ids: int64 [B, T].
         targets: int64 [B * T].
+        pixels: images for a LLaVA, float [n, 3, height, width].
     """
     hooks = [
         p.register_post_accumulate_grad_hook(_drop_gradient)
@@ -197,7 +203,7 @@ def one_pass(
     cast = torch.autocast("cpu", dtype=dtype) if autocast and dtype != torch.float32 else None
     with cast or nullcontext():
         with nullcontext() if checkpointing else without_input_casts(model):
-            hidden = _hidden_states(model, ids)
+            hidden = _hidden_states(model, ids, pixels)
         saved, copies, peak = watch.now, watch.copies, watch.peak
         watch.restart_peak()
         model_head = language_model_head(model)
@@ -217,20 +223,40 @@ def one_pass(
     return _Pass(saved - copies, copies, max(0, peak - saved), head_bytes)
 
 
-def _hidden_states(model: nn.Module, ids: Tensor) -> Tensor:
+def _hidden_states(model: nn.Module, ids: Tensor, pixels: Tensor | None) -> Tensor:
     """Last hidden states of one row of segments, without what depends on their borders' values."""
     base = unwrap_adapter(model)
     decoder = base.get_decoder()
-    if base.config._attn_implementation != PACKED_SDPA:
-        return decoder(input_ids=ids, use_cache=False).last_hidden_state
+    is_packed = decoder.config._attn_implementation == PACKED_SDPA
     rows, length = ids.shape
+    if is_packed:
+        ids = ids.reshape(1, -1)
+    words = {"input_ids": ids}
+    if pixels is not None:
+        words = {"inputs_embeds": _with_images(base, ids, pixels)}
+    if not is_packed:
+        return decoder(**words, use_cache=False).last_hidden_state
     borders = np.arange(rows + 1) * length  # read by tolist() only: no value of a fake tensor
     with no_packing_mask(length):
         out = decoder(
-            input_ids=ids.reshape(1, -1), use_cache=False, cu_seq_lens_q=borders,
+            **words, use_cache=False, cu_seq_lens_q=borders,
             cu_seq_lens_k=borders, max_length_q=length, max_length_k=length,
         )  # fmt: skip
     return out.last_hidden_state.reshape(rows, length, -1)
+
+
+def _with_images(base: nn.Module, ids: Tensor, pixels: Tensor) -> Tensor:
+    """Embeddings with the images' features in them, float [B, T, H]: LLaVA's own way from pixels
+    to there, without its count of image tokens, which reads values."""
+    config, model = base.config, base.model
+    seen = model.vision_tower(pixels, output_hidden_states=True, return_dict=True)
+    features = seen.hidden_states[config.vision_feature_layer]
+    if config.vision_feature_select_strategy == "default":
+        features = features[:, 1:]
+    features = model.multi_modal_projector(features).flatten(0, 1)
+    embeds = base.get_input_embeddings()(ids)
+    places = torch.zeros(*ids.shape, 1, dtype=torch.bool).expand_as(embeds)
+    return embeds.masked_scatter(places, features.to(embeds.dtype))
 
 
 def _kind(layer: nn.Module) -> Any:

@@ -13,10 +13,11 @@ from xtuner_lite.models.packed_forward import unwrap_adapter
 def quantized_bytes(llm: nn.Module, quantization: Any, dtype: torch.dtype) -> tuple[int, int]:
     """(bytes that quantisation saves, bytes of the largest weight that is dequantised for use).
 
-    bitsandbytes quantises every linear layer but the head. 4-bit: half a byte a weight, and for
-    each block of 64 a float32 scale, or with double quantisation one byte and a float32 for 256
-    blocks (Dettmers et al. 2023, "QLoRA", arXiv 2305.14314, section 3). 8-bit: one byte a weight
-    and a float32 for each row (Dettmers et al. 2022, "LLM.int8()", arXiv 2208.07339).
+    bitsandbytes quantises every linear layer of the language model but the head. 4-bit: half a byte
+    a weight, and for each block of 64 a float32 scale, or with double quantisation one byte and a
+    float32 for 256 blocks (Dettmers et al. 2023, "QLoRA", arXiv 2305.14314, section 3). 8-bit: one
+    byte a weight and a float32 for each row (Dettmers et al. 2022, "LLM.int8()", arXiv
+    2208.07339).
 
     Args:
         llm: the model or PeftModel.
@@ -29,10 +30,9 @@ def quantized_bytes(llm: nn.Module, quantization: Any, dtype: torch.dtype) -> tu
     bits, double = _bits_of(quantization)
     if bits is None:
         return 0, 0
-    head = unwrap_adapter(llm).get_output_embeddings()
     saved = largest = 0
-    for module in llm.modules():
-        if not isinstance(module, nn.Linear) or module is head or module.weight.requires_grad:
+    for module in unwrap_adapter(llm).get_decoder().modules():
+        if not isinstance(module, nn.Linear) or module.weight.requires_grad:
             continue
         count = module.weight.numel()
         if bits == 8:

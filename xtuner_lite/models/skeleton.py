@@ -94,6 +94,22 @@ def build_skeleton(
         )
 
 
+def build_tower_skeleton(
+    config: PretrainedConfig, *, dtype: torch.dtype = torch.bfloat16, attn: str | None = None
+) -> PreTrainedModel:
+    """The vision tower of a config of :func:`tower_config`, on the meta device.
+
+    Args:
+        config: of the tower.
+        dtype: of its parameters.
+        attn: attention implementation by transformers' name; None leaves the choice to it.
+    """
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return AutoModel.from_config(config, dtype=dtype, attn_implementation=attn)
+
+
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The transformers config in a folder."""
     from transformers import AutoConfig

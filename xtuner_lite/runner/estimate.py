@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from xtuner_lite.engine.memory import PLACEMENTS, DeviceMemory, Placement, shards_weights
 from xtuner_lite.engine.precision import choose_dtype
 from xtuner_lite.methods.sft import SupervisedFinetune
+from xtuner_lite.models.llava import load_visual_encoder
 from xtuner_lite.models.loading import load_causal_lm
 from xtuner_lite.models.memory import ActivationsUnknownError
 from xtuner_lite.models.skeleton import config_folder, read_config
 from xtuner_lite.registry import MODELS
-from xtuner_lite.runner.memory_plan import Change, MemoryPlanner, Plan, best_changes
+from xtuner_lite.runner.memory_plan import Change, MemoryPlanner, Plan, Sight, best_changes
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -28,6 +29,9 @@ USABLE = 0.9
 
 #: Elements; reduce_bucket_size of a JSON that does not say it (deepspeed/runtime/zero/config.py).
 DEEPSPEED_BUCKET = 500_000_000
+
+#: What of the config's model the planner makes itself, or what memory does not depend on.
+_PARTS = ("llm", "visual_encoder", "visual_select_strategy", "pretrained_pth")
 
 COLUMNS = tuple(f.name for f in fields(DeviceMemory) if f.name != "host")
 
@@ -71,21 +75,17 @@ def estimate(
         max_length: tokens of a sample, for data whose config does not say it.
 
     Raises:
-        EstimateError: the model is not described by load_causal_lm, or sees; or the length is not
-            known.
+        EstimateError: the model is not described by load_causal_lm (and load_visual_encoder); or
+            the length is not known.
         ModelNotHereError: there is no config.json of the model.
         ActivationsUnknownError: the model's code cannot be run without its values.
     """
     llm = dict(cfg["model"].items()).get("llm")
-    if "visual_encoder" in cfg["model"]:
-        raise EstimateError(
-            "this config trains a model that sees, and estimate works out language models only; "
-            "run a few steps (train_cfg.max_iters=3) and read the memory in the log"
-        )
     if not isinstance(llm, dict) or MODELS.resolve(llm["type"]) is not load_causal_lm:
         raise EstimateError(
             "estimate reads the model's config.json by the path in model.llm, "
-            f"dict(type=load_causal_lm, path=...); this config has {llm!r}"
+            f"dict(type=load_causal_lm, path=...); this config has {llm!r}. Of other models, run a "
+            "few steps (train_cfg.max_iters=3) and read the memory in the log"
         )
     trusts = bool(llm.get("trust_remote_code"))
     folder = config_folder(
@@ -105,7 +105,7 @@ def estimate(
     if dtype == "auto":
         dtype = "bf16" if device_type == "cuda" else choose_dtype("cpu")[0]
     plan = Plan(
-        method={key: value for key, value in cfg["model"].items() if key != "llm"},
+        method={key: value for key, value in cfg["model"].items() if key not in _PARTS},
         optimizer=dict(wrapper["optimizer"].items()),
         batch_size=loader.get("batch_size", 1),
         length=max_length or sample_length(loader),
@@ -119,7 +119,9 @@ def estimate(
         zero=zero,
         half_weights=strategy.get("half_weights"),
     )
-    planner = MemoryPlanner(config, trust_remote_code=trusts)
+    tower = dict(cfg["model"].items()).get("visual_encoder")
+    sight = None if tower is None else _sight(tower, cfg)
+    planner = MemoryPlanner(config, trust_remote_code=trusts, sight=sight)
     method = planner.method(plan)
     shown = [
         p
@@ -129,6 +131,12 @@ def estimate(
         and not (plan.quantization is not None and shards_weights(p))
     ]
     table, notes = {}, list(_notes(plan, method))
+    if sight is not None:
+        notes.append(
+            f"with {sight.num_images(plan)} images of {sight.image_size} x {sight.image_size} "
+            f"pixels ({sight.num_image_tokens} tokens each), the most that {plan.batch_size} x "
+            f"{plan.length:,} tokens can hold"
+        )
     size = planner.size(plan)
     for other in shown:
         try:
@@ -137,13 +145,31 @@ def estimate(
             notes.append(f"{other} is left out: {error}")
     return Estimate(
         plan=plan,
-        model_name=str(llm["path"]),
+        model_name=" + ".join(str(part["path"]) for part in (llm, tower) if part),
         trainable=size.trainable,
         frozen=size.frozen,
         table=table,
         changes=best_changes(planner, plan),
         notes=notes,
     )
+
+
+def _sight(part: Any, cfg: Config) -> Sight:
+    """What the LLaVA of a config sees, by its tokenizer's settings and the tower's config.json."""
+    if not isinstance(part, dict) or MODELS.resolve(part["type"]) is not load_visual_encoder:
+        raise EstimateError(
+            "estimate reads the vision tower's config.json by the path in model.visual_encoder, "
+            f"dict(type=load_visual_encoder, path=...); this config has {part!r}"
+        )
+    folder = config_folder(
+        part["path"], hub=part.get("hub", "huggingface"), revision=part.get("revision")
+    )
+    tower = read_config(folder)
+    tower = getattr(tower, "vision_config", None) or tower
+    tokenizer = cfg.get("tokenizer") or {}
+    given = cfg["model"].get("visual_select_strategy")
+    strategy = given or tokenizer.get("visual_select_strategy", "default")
+    return Sight(tower, tokenizer.get("image_size") or tower.image_size, strategy)
 
 
 def strategy_placement(strategy: Any, devices: int) -> tuple[Placement, dict[str, int]]:

@@ -22,6 +22,7 @@ from xtuner_lite.engine.optimizer_memory import optimizer_state_bytes, update_by
 from xtuner_lite.engine.precision import parse_dtype
 from xtuner_lite.methods.base import TrainingMethod
 from xtuner_lite.methods.functional import chunked_head_loss
+from xtuner_lite.models.llava import extra_tokens_of
 from xtuner_lite.models.loading import choose_attention
 from xtuner_lite.models.memory import (
     FUSED_ATTENTION,
@@ -31,7 +32,7 @@ from xtuner_lite.models.memory import (
 )
 from xtuner_lite.models.packed_forward import unwrap_adapter
 from xtuner_lite.models.quantized import quantized_bytes
-from xtuner_lite.models.skeleton import build_skeleton, decoder_layers
+from xtuner_lite.models.skeleton import build_skeleton, build_tower_skeleton, decoder_layers
 from xtuner_lite.registry import MODELS, OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Plan:
     """The settings of a run that memory depends on."""
 
     method: dict[str, Any]
-    """The config's ``model`` without ``llm``: type, lora, activation_checkpointing, ..."""
+    """The config's ``model`` without its parts: type, lora, activation_checkpointing, ..."""
     optimizer: dict[str, Any]
     """The config's optim_wrapper.optimizer."""
     batch_size: int = 1
@@ -71,16 +72,45 @@ class Plan:
     """As the DeepSpeed strategy's."""
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What a LLaVA sees."""
+
+    tower: PretrainedConfig
+    """Config of the vision tower."""
+    image_size: int
+    """Pixels of an image, each way."""
+    strategy: str
+    """visual_select_strategy."""
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of an image."""
+        patches = (self.image_size // self.tower.patch_size) ** 2
+        return patches + (extra_tokens_of(self.tower) if self.strategy == "full" else 0)
+
+    def num_images(self, plan: Plan) -> int:
+        """The most images that a micro-batch can hold, and at least one."""
+        return max(1, plan.length // self.num_image_tokens * plan.batch_size)
+
+
 class MemoryPlanner:
     """Works out plans for one model; what two plans share is worked out once.
 
     Args:
-        config: the model's transformers config.
+        config: the language model's transformers config.
         trust_remote_code: run modeling code that comes with it.
+        sight: of a LLaVA.
     """
 
-    def __init__(self, config: PretrainedConfig, *, trust_remote_code: bool = False) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        trust_remote_code: bool = False,
+        sight: Sight | None = None,
+    ) -> None:
+        self.config, self.sight = config, sight
         self.trust_remote_code = trust_remote_code
         self._results: dict[str, Any] = {}
 
@@ -95,8 +125,14 @@ class MemoryPlanner:
             llm = build_skeleton(
                 self.config, attn=self._attention(plan), trust_remote_code=self.trust_remote_code
             )
+            parts: dict[str, Any] = {"llm": llm}
+            if self.sight is not None:
+                fused = FUSED_ATTENTION if plan.device_type == "cuda" else None
+                parts["visual_encoder"] = build_tower_skeleton(self.sight.tower, attn=fused)
+                parts["visual_select_strategy"] = self.sight.strategy
+                parts["image_token_id"] = llm.get_input_embeddings().num_embeddings - 1
             with torch.device("meta"):
-                return MODELS.build({**plan.method, "llm": llm}, config_key="model", tokenizer=None)
+                return MODELS.build({**plan.method, **parts}, config_key="model", tokenizer=None)
 
         return self._once(("method", plan.method, plan.attn, plan.device_type), build)
 
@@ -141,6 +177,10 @@ class MemoryPlanner:
         method, dtype = self.method(plan), parse_dtype(plan.dtype)
         key = ("activations", plan.method, plan.batch_size, plan.length, plan.dtype, plan.attn,
                plan.device_type, autocast)  # fmt: skip
+        shape = None
+        if self.sight is not None:
+            size = self.sight.image_size
+            shape = (self.sight.num_images(plan), 3, size, size)
         return self._once(key, lambda: trace_activations(
             method.llm,
             batch_size=plan.batch_size,
@@ -151,6 +191,7 @@ class MemoryPlanner:
             head=getattr(method, "head", "chunked"),
             head_chunk_tokens=getattr(method, "head_chunk_tokens", 512),
             head_loss=chunked_head_loss,
+            image_shape=shape,
         ))  # fmt: skip
 
     def _attention(self, plan: Plan) -> str | None:
@@ -200,16 +241,20 @@ def _changes(plan: Plan, method: TrainingMethod) -> Iterator[tuple[str, str, str
             "checkpointing", "model.activation_checkpointing=True",
             "about a third more time", replace(plan, method=changed),
         )  # fmt: skip
-    lora = plan.method.get("lora")
-    adapted = {**plan.method, "lora": lora or _LORA}
-    if lora is None:
+    sees = hasattr(method, "visual_encoder")
+    name = "llm_lora" if sees else "lora"
+    lora = plan.method.get(name)
+    is_frozen = lora is None and plan.method.get("freeze_llm", False)
+    adapted = plan.method if is_frozen else {**plan.method, name: lora or _LORA}
+    if lora is None and not is_frozen:
         yield (
-            "LoRA", "model.lora=dict(type=LoraConfig, r=16, lora_alpha=32)",
+            "LoRA", f"model.{name}=dict(type=LoraConfig, r=16, lora_alpha=32)",
             "trains an adapter, not the model", replace(plan, method=adapted),
         )  # fmt: skip
     if plan.quantization is None and not shards_weights(plan.placement):
         yield (
-            "QLoRA", f"model.llm.quantization='4bit'{'' if lora else ' and LoRA as above'}",
+            "QLoRA", "model.llm.quantization='4bit'"
+            + ("" if lora or is_frozen else " and LoRA as above"),
             "slower steps, a base rounded to 4 bits",
             replace(plan, method=adapted, quantization="4bit"),
         )  # fmt: skip
