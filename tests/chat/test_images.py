@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from tests.cli.test_chat import dialogue, refused, run
 from xtuner_lite.chat.load import load_for_chat
 from xtuner_lite.chat.session import ChatSession
 from xtuner_lite.data.dataset import ChatDataset
+from xtuner_lite.export.llava import export_llava
 from xtuner_lite.images.vision_inputs import save_tokenizer
 from xtuner_lite.methods.image_text import ImageTextFinetune
 from xtuner_lite.models.generate import generate_reply
 from xtuner_lite.models.image_text import load_image_text_model
+from xtuner_lite.models.llava_xtuner import PUT_TOGETHER
 from xtuner_lite.models.processors import load_processor
 from xtuner_lite.models.sampling import Sampling
 
@@ -125,6 +128,31 @@ def test_parts_that_lie_elsewhere_are_named(files, tmp_path, capsys):
     assert capsys.readouterr().out == expected + "\n"
 
 
+@pytest.fixture(scope="module")
+def published(files, tmp_path_factory):
+    """The run in XTuner's layout, as our export writes it and as XTuner published its own."""
+    root = tmp_path_factory.mktemp("xtuner")
+    export_llava(files["run"], root / "ours", form="xtuner")
+    for part in ("projector", "llm_adapter"):
+        shutil.copytree(root / "ours" / part, root / "theirs" / part)
+    config = root / "theirs" / "projector" / "config.json"
+    saved = json.loads(config.read_text())
+    for name in PUT_TOGETHER:
+        del saved[name]
+    config.write_text(json.dumps(saved))
+    return root
+
+
+@pytest.mark.parametrize("form", ["ours", "theirs"])
+def test_xtuners_layout_is_put_together_of_its_parts(files, published, capsys, form):
+    expected = answer(load_for_chat(files["run"]), files["red"])
+    parts = ("--llava", str(published / form), "--visual-encoder", files["tower"])
+    ask = ("-p", "What?", "--image", files["red"], "--max-new-tokens", str(TOKENS))
+    assert run(files["llm"], *parts, *ask) == 0
+    assert capsys.readouterr().out == expected + "\n"
+    assert "name it: visual_encoder=" in refused(capsys, files["llm"], *parts[:2], *ask)
+
+
 def test_an_adapter_on_a_model_that_sees(files, tmp_path):
     tokenizer = load_processor(files["whole"])
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
@@ -178,7 +206,7 @@ def test_an_image_for_a_model_of_text_is_refused_before_it_loads(files, capsys, 
     [
         (("--image", "none.png"), "the image none.png does not exist"),
         (("--image", "{damaged}"), "no image that Pillow can read"),
-        (("--llava", "none"), "no folder 'none' for --llava"),
+        (("--llava", "./none"), "--llava ./none: no model folder 'none'"),
         (("--visual-encoder", "./none"), "no model folder 'none'"),
         (("--image", "{red}", "--batch", "x.json"), "the rows of --batch name their own"),
     ],

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -17,6 +17,7 @@ from xtuner_lite.export.publish import RECEIPT, ExportError
 from xtuner_lite.methods.llava import LLaVAModel
 from xtuner_lite.models.image_text import load_image_text_model
 from xtuner_lite.models.llava import load_visual_encoder
+from xtuner_lite.models.llava_xtuner import UnnamedPart
 from xtuner_lite.models.loading import load_causal_lm
 
 KINDS = {
@@ -102,6 +103,57 @@ def test_xtuners_layout_answers_the_same(runs, tmp_path, kind):
         text = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "llm")
         own = AutoModelForImageTextToText.from_pretrained(runs[kind])
         assert torch.equal(text.lm_head.weight, own.lm_head.weight)
+
+
+@pytest.mark.parametrize("kind", ["loras", "tower", "whole"])
+def test_xtuners_layout_opens_again_and_has_a_hugging_face_form(runs, parts, tmp_path, kind):
+    out = tmp_path / "xtuner"
+    export_llava(runs[kind], out, form="xtuner")
+    others = {"llm": parts / "llm", "visual_encoder": parts / "clip"}
+    inside = {"llm": out / "llm", "visual_encoder": out / "visual_encoder"}
+    named = {name: place for name, place in others.items() if not inside[name].is_dir()}
+    expected = logits(load_image_text_model(runs[kind]))
+    assert torch.allclose(logits(load_image_text_model(out, **named)), expected, atol=1e-4)
+    export_llava(out, tmp_path / "hf", **named)
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf")
+    assert torch.allclose(logits(plain), expected, atol=1e-4)
+    if kind != "loras":
+        with pytest.raises(ValueError, match="holds one of its own that was trained"):
+            load_image_text_model(out, **others)
+
+
+def test_an_adapter_of_a_tower_from_transformers_4(runs, parts, tmp_path):
+    out = tmp_path / "out"
+    export_llava(runs["loras"], out, form="xtuner")
+    file = out / "visual_encoder_adapter" / "adapter_model.safetensors"
+    renamed = {
+        name.replace("base_model.model.", "base_model.model.vision_model."): tensor
+        for name, tensor in load_file(file).items()
+    }
+    assert all(".vision_model.encoder." in name for name in renamed)
+    save_file(renamed, file)
+    model = load_image_text_model(out, llm=parts / "llm", visual_encoder=parts / "clip")
+    assert torch.allclose(logits(model), logits(load_image_text_model(runs["loras"])), atol=1e-4)
+
+
+def test_what_xtuners_layout_does_not_say(runs, parts, tmp_path, caplog):
+    out = tmp_path / "out"
+    export_llava(runs["projector"], out, form="xtuner")
+    others = {"llm": parts / "llm", "visual_encoder": parts / "clip"}
+    with pytest.raises(UnnamedPart, match="which does not say which llm it belongs to"):
+        load_image_text_model(out)
+    with pytest.raises(ExportError, match="in XTuner's layout already"):
+        export_llava(out, tmp_path / "again", form="xtuner", **others)
+    file = out / "projector" / "config.json"
+    saved = json.loads(file.read_text())
+    assert saved["visual_select_layer"] == -2
+    file.write_text(json.dumps({**saved, "hidden_act": "relu"}))
+    with pytest.raises(ValueError, match="hidden_act='relu'"):
+        load_image_text_model(out, **others)
+    del saved["visual_select_layer"]
+    file.write_text(json.dumps(saved))
+    load_image_text_model(out, **others)
+    assert "does not say which hidden state" in caplog.text
 
 
 def test_xtuners_adapters_open_in_plain_peft(runs, parts, tmp_path):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from xtuner_lite.models.hub import LLAVA_JSON, MODEL_CONFIG, PROCESSOR_FILES
+from xtuner_lite.models.hub import LLAVA_JSON, MODEL_CONFIG, has_processor
 
 
 def sees_images(folder: Path) -> bool:
@@ -19,11 +19,6 @@ def sees_images(folder: Path) -> bool:
 def reads_text_only(folder: Path) -> bool:
     """Whether a folder surely holds a model of text; of adapters and runs it is not told here."""
     return bool(_config(folder)) and not sees_images(folder)
-
-
-def has_processor(folder: Path) -> bool:
-    """Whether the settings of an image processor lie in a folder."""
-    return any((folder / name).is_file() for name in PROCESSOR_FILES)
 
 
 def _config(folder: Path) -> dict[str, Any]:

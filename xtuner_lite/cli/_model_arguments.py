@@ -126,12 +126,10 @@ def _check_before_torch(args: argparse.Namespace, with_images: bool) -> None:
         raise _sees_nothing(args)
     for option, path in (("--llava", args.llava), ("--visual-encoder", args.visual_encoder)):
         if path is not None and not Path(path).expanduser().exists():
-            if option == "--visual-encoder":
+            try:
                 resolve_model_path(path, hub=args.hub)
-                continue
-            raise ModelArgumentError(
-                f"no folder {path!r} for {option}; give a checkpoint or the work_dir of a LLaVA run"
-            )
+            except (OSError, ValueError) as error:
+                raise ModelArgumentError(f"{option} {path}: {error}") from error
     if args.adapter is not None and not Path(args.adapter).expanduser().is_dir():
         raise ModelArgumentError(
             f"no adapter folder {args.adapter!r}; give the folder that an adapter was saved in, a "

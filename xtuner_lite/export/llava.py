@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from xtuner_lite.export.llava_check import ImageAnswers, compare_answers, image_answers
-from xtuner_lite.export.llava_xtuner import open_xtuner_folder, write_xtuner_folder
+from xtuner_lite.export.llava_xtuner import write_xtuner_folder
 from xtuner_lite.export.publish import ExportError, Receipt, describe_folder, publishing
 from xtuner_lite.export.sources import copy_tokenizer, newest_checkpoint, tokenizer_folder
 from xtuner_lite.export.tensor_files import parse_size
 from xtuner_lite.export.verify import TOLERANCE
-from xtuner_lite.models.hub import LLAVA_JSON, MODEL_CONFIG, PROCESSOR_FILES
+from xtuner_lite.models.hub import LLAVA_JSON, MODEL_CONFIG, PROCESSOR_FILES, is_xtuner_llava
+from xtuner_lite.models.llava_files import LlavaParts, is_llava_run
+from xtuner_lite.models.llava_xtuner import open_xtuner_llava, read_parts
 from xtuner_lite.models.modes import without_progress_bars
 from xtuner_lite.models.packed_forward import unwrap_adapter
 from xtuner_lite.structures import DTYPE_NAMES
@@ -43,7 +45,8 @@ def export_llava(
     The whole model is held in float32 once, and the written one beside it while they are compared.
 
     Args:
-        source: a checkpoint of a LLaVA run or its work_dir.
+        source: a checkpoint of a LLaVA run or its work_dir; for 'hf' also a folder in XTuner's
+            layout, whose other parts are then named by ``llm`` and ``visual_encoder``.
         out: the folder to make.
         form: 'hf': a whole LlavaForConditionalGeneration with adapters merged, tokenizer and
             processor; 'xtuner': projector/, llm_adapter/, visual_encoder_adapter/, and whole parts
@@ -62,6 +65,8 @@ def export_llava(
         raise ExportError(f"form is {form!r}; allowed: 'hf', 'xtuner'")
     max_bytes = parse_size(max_shard_size)
     folder = Path(newest_checkpoint(source)).expanduser()
+    if form == "xtuner" and is_xtuner_llava(folder):
+        raise ExportError(f"{folder} is in XTuner's layout already: it needs no export")
     model, own_dtype = _open(folder, llm, visual_encoder)
     base = unwrap_adapter(model)
     depth = getattr(base.config, "projector_depth", 2)
@@ -77,13 +82,18 @@ def export_llava(
     with publishing(out, overwrite=overwrite, sources=(folder,)) as target:
         if form == "hf":
             receipt.options["dtype"] = str(to_dtype).removeprefix("torch.")
-            _write_hf(model, target, folder, to_dtype, max_bytes)
+            _write_hf(model, target, to_dtype, max_bytes)
+            if is_xtuner_llava(folder) and tokenizer_folder(folder) is None:
+                _write_processor(target, read_parts(folder, llm, visual_encoder))
+            else:
+                _copy_tokenizer(folder, target)
             open_again: Callable[[], Any] = lambda: _open_plain(target)  # noqa: E731
             tolerance = TOLERANCE[to_dtype]
         else:
             write_xtuner_folder(model, target, folder, max_bytes)
             _copy_tokenizer(folder, target)
-            open_again = lambda: open_xtuner_folder(target, folder, llm, visual_encoder)  # noqa: E731
+            others = _other_parts(folder, target, llm, visual_encoder)
+            open_again = lambda: open_xtuner_llava(target, dtype="fp32", **others)  # noqa: E731
             tolerance = TOLERANCE[torch.float32]
         del model, base  # only its answers are needed beside the written one
         _check(answers, open_again, tolerance, receipt)
@@ -100,17 +110,18 @@ def _open(
 
     from xtuner_lite.models.hub import resolve_model_path
     from xtuner_lite.models.image_text import load_image_text_model
-    from xtuner_lite.models.llava_files import LlavaParts, is_llava_run
 
-    if not is_llava_run(folder) and not (folder / MODEL_CONFIG).is_file():
+    of_parts = is_llava_run(folder) or is_xtuner_llava(folder)
+    if not of_parts and not (folder / MODEL_CONFIG).is_file():
         raise ExportError(
             f"{folder} holds no LLaVA: neither {LLAVA_JSON} nor {MODEL_CONFIG} is there; give a "
-            "checkpoint of a LLaVA run or its work_dir"
+            "checkpoint of a LLaVA run or its work_dir, or a folder in XTuner's layout"
         )
     try:
-        if is_llava_run(folder):
+        if of_parts:
             parts = dict(llm=llm, visual_encoder=visual_encoder)
-            place = resolve_model_path(llm or LlavaParts.read(folder).llm)
+            found = LlavaParts.read(folder) if is_llava_run(folder) else read_parts(folder, **parts)
+            place = resolve_model_path(llm or found.llm)
             config = AutoConfig.from_pretrained(str(place))
         else:
             parts = {}
@@ -126,7 +137,7 @@ def _open(
     return model.eval(), config.dtype or torch.float32
 
 
-def _write_hf(model: Any, target: Path, source: Path, dtype: torch.dtype, max_bytes: int) -> None:
+def _write_hf(model: Any, target: Path, dtype: torch.dtype, max_bytes: int) -> None:
     merged: LlavaForConditionalGeneration = model
     if hasattr(model, "peft_config"):
         try:
@@ -142,7 +153,29 @@ def _write_hf(model: Any, target: Path, source: Path, dtype: torch.dtype, max_by
         part.dtype = dtype
     with without_progress_bars():
         merged.to(dtype).save_pretrained(str(target), max_shard_size=max_bytes)
-    _copy_tokenizer(source, target)
+
+
+def _other_parts(
+    source: Path, target: Path, llm: str | Path | None, visual_encoder: str | Path | None
+) -> dict[str, str | Path]:
+    """Where the parts lie that an export in XTuner's layout does not hold."""
+    if not is_llava_run(source):
+        return {}
+    parts = LlavaParts.read(source)
+    found = {"llm": llm or parts.llm, "visual_encoder": visual_encoder or parts.visual_encoder}
+    return {name: place for name, place in found.items() if not (target / name).is_dir()}
+
+
+def _write_processor(target: Path, parts: LlavaParts) -> None:
+    """Tokenizer and processor of a LLaVA that came without."""
+    from xtuner_lite.images.vision_inputs import save_tokenizer
+    from xtuner_lite.models.processors import load_llava_processor
+
+    strategy = parts.visual_select_strategy
+    tokenizer = load_llava_processor(
+        parts.llm, parts.visual_encoder, visual_select_strategy=strategy
+    )
+    save_tokenizer(tokenizer, target)
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

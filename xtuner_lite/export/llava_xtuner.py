@@ -1,10 +1,4 @@
-"""A LLaVA in XTuner's layout: projector, adapters of each part, whole parts that were trained.
-
-projector/                 config.json, model.safetensors
-llm_adapter/               a peft adapter for the language model alone
-visual_encoder_adapter/    one for the vision tower alone
-llm/, visual_encoder/      where they were trained in full
-"""
+"""Writes a LLaVA in XTuner's layout, see xtuner_lite.models.llava_xtuner."""
 
 from __future__ import annotations
 
@@ -17,26 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from xtuner_lite.export.publish import ExportError
+from xtuner_lite.models.hub import PROJECTOR_DIR
 from xtuner_lite.models.image_text_parts import pattern_of
-from xtuner_lite.models.llava import build_llava, load_visual_encoder
 from xtuner_lite.models.llava_files import (
-    PROJECTOR_DIR,
     VISUAL_ENCODER_DIR,
     LlavaParts,
     is_llava_run,
-    load_projector,
-    parts_of,
-    read_projector,
     save_projector,
 )
+from xtuner_lite.models.llava_xtuner import ADAPTER_DIRS, LLM_DIR, write_parts
 from xtuner_lite.models.modes import without_progress_bars
 from xtuner_lite.models.packed_forward import unwrap_adapter
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, PreTrainedModel
+    from transformers import PreTrainedModel
 
-LLM_DIR = "llm"
-_ADAPTER_DIRS = {"llm": "llm_adapter", "visual_encoder": "visual_encoder_adapter"}
 _PEFT = "base_model.model."
 
 
@@ -54,6 +43,7 @@ def write_xtuner_folder(model: Any, target: Path, source: Path, max_bytes: int) 
     """
     base = unwrap_adapter(model)
     save_projector(base.model.multi_modal_projector, target / PROJECTOR_DIR)
+    write_parts(target, base)
     if hasattr(model, "peft_config"):
         _write_adapters(model, base, target, LlavaParts.read(source))
     if (source / VISUAL_ENCODER_DIR).is_dir():
@@ -65,47 +55,6 @@ def write_xtuner_folder(model: Any, target: Path, source: Path, max_bytes: int) 
                 (VISUAL_ENCODER_DIR, base.model.vision_tower),
             ):
                 part.save_pretrained(str(target / name), max_shard_size=max_bytes)
-
-
-def open_xtuner_folder(
-    folder: Path,
-    source: Path,
-    llm: str | Path | None = None,
-    visual_encoder: str | Path | None = None,
-) -> LlavaForConditionalGeneration:
-    """The LLaVA of XTuner's layout in float32, its adapters opened by plain peft and merged.
-
-    Args:
-        folder: with projector/ and the rest.
-        source: the run's folder, whose notes say where the other parts lie.
-        llm: where the language model lies now; None: where it lay.
-        visual_encoder: the same of the vision tower.
-    """
-    from peft import PeftModel
-
-    from xtuner_lite.models.loading import load_causal_lm
-
-    if is_llava_run(source):
-        parts = LlavaParts.read(source)
-    else:  # all parts lie in ``folder``
-        from transformers import AutoConfig
-
-        parts = parts_of(AutoConfig.from_pretrained(str(source)), "", "")
-    places = {"llm": llm or parts.llm, "visual_encoder": visual_encoder or parts.visual_encoder}
-    for name in ("llm", "visual_encoder"):
-        if (folder / name).is_dir():
-            places[name] = folder / name
-    text = load_causal_lm(places["llm"], dtype="fp32", attn="sdpa")
-    tower = load_visual_encoder(places["visual_encoder"], dtype="fp32")
-    model = build_llava(text, tower, **parts.building())
-    load_projector(model.model.multi_modal_projector, read_projector(folder), folder)
-    if (folder / _ADAPTER_DIRS["llm"]).is_dir():
-        PeftModel.from_pretrained(text, str(folder / _ADAPTER_DIRS["llm"])).merge_and_unload()
-        model.model.language_model, model.lm_head = text.get_decoder(), text.get_output_embeddings()
-    if (folder / _ADAPTER_DIRS["visual_encoder"]).is_dir():
-        adapted = PeftModel.from_pretrained(tower, str(folder / _ADAPTER_DIRS["visual_encoder"]))
-        model.model.vision_tower = adapted.merge_and_unload()
-    return model.eval()
 
 
 def _write_adapters(model: Any, base: Any, target: Path, parts: LlavaParts) -> None:
@@ -136,7 +85,7 @@ def _write_adapters(model: Any, base: Any, target: Path, parts: LlavaParts) -> N
                 written.add(name)
         if not tensors:
             continue
-        folder = target / _ADAPTER_DIRS[part]
+        folder = target / ADAPTER_DIRS[part]
         folder.mkdir()
         save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
         root = text if part == "llm" else base.model.vision_tower

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from xtuner_lite.models.hub import ADAPTER_CONFIG, LLAVA_JSON, MODEL_CONFIG
+from xtuner_lite.models.hub import ADAPTER_CONFIG, LLAVA_JSON, MODEL_CONFIG, PROJECTOR_DIR
 from xtuner_lite.models.llava_files import (
-    PROJECTOR_DIR,
     VISUAL_ENCODER_DIR,
     LlavaParts,
     lasting_path,
@@ -100,7 +99,10 @@ def _check_features(method: LLaVAModel, path: Path) -> None:
             saved.get("vision_feature_select_strategy", "default"),
         )
     else:
-        return  # a projector alone, which tells nothing of them
+        saved = _projector_config(path)
+        if "visual_select_layer" not in saved:
+            return  # a projector alone, which tells nothing of them
+        theirs = (saved["visual_select_layer"], saved["visual_select_strategy"])
     ours = (own.vision_feature_layer, own.vision_feature_select_strategy)
     states = own.vision_config.num_hidden_layers + 1  # the last of them is also called -1
     if isinstance(theirs[0], int) and theirs[0] % states == ours[0] % states:
@@ -111,6 +113,12 @@ def _check_features(method: LLaVAModel, path: Path) -> None:
             f"visual_select_strategy={theirs[1]!r}, and this run gives it those of {ours[0]}, "
             f"{ours[1]!r}; set both as there"
         )
+
+
+def _projector_config(path: Path) -> dict[str, Any]:
+    files = (path / PROJECTOR_DIR / MODEL_CONFIG, path / MODEL_CONFIG)
+    file = next((file for file in files if file.is_file()), None)
+    return {} if file is None else json.loads(file.read_text(encoding="utf-8"))
 
 
 def _tell_other_parts(method: LLaVAModel, path: Path, parts: LlavaParts) -> None:

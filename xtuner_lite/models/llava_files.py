@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from xtuner_lite.models.hub import ADAPTER_CONFIG, LLAVA_JSON, MODEL_CONFIG
+from xtuner_lite.models.hub import ADAPTER_CONFIG, LLAVA_JSON, MODEL_CONFIG, PROJECTOR_DIR
 from xtuner_lite.models.pth import SUFFIXES as PTH_SUFFIXES
 from xtuner_lite.models.pth import read_pth
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
-PROJECTOR_DIR = "projector"
 VISUAL_ENCODER_DIR = "visual_encoder"
 _PROJECTOR_WEIGHTS = "model.safetensors"
 #: Projector weights in files: XTuner's numbering counts activations too; LLaVA's own repository
@@ -47,7 +46,7 @@ class LlavaParts:
     visual_select_layer: int
     visual_select_strategy: str
     image_token_id: int
-    image_seq_length: int
+    image_seq_length: int | None  # None: of the tower's image size
 
     def building(self) -> dict[str, Any]:
         """How the parts are put together: the keywords of build_llava."""

@@ -64,7 +64,8 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
 
 def grow_embeddings(model: PreTrainedModel, num_rows: int) -> None:
     """At least ``num_rows`` rows in the input and output embeddings; never fewer than before."""
-    if model.get_input_embeddings().num_embeddings < num_rows:
+    # A vision tower has no table, and needs none.
+    if num_rows and model.get_input_embeddings().num_embeddings < num_rows:
         model.resize_token_embeddings(num_rows, mean_resizing=False)
 
 

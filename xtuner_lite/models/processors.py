@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from xtuner_lite.images.vision_inputs import give_vision
-from xtuner_lite.models.hub import PROCESSOR_FILES, Hub, resolve_model_path
+from xtuner_lite.models.hub import PROCESSOR_FILES, Hub, has_processor, resolve_model_path
 from xtuner_lite.models.loading import load_tokenizer
 from xtuner_lite.registry import MODELS
 
@@ -49,7 +49,7 @@ def load_processor(
     from xtuner_lite.templates import apply_template
 
     folder = resolve_model_path(path, hub=hub, revision=revision, as_published=True)
-    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+    if not has_processor(folder):
         raise ValueError(
             f"{folder} has no processor ({' or '.join(PROCESSOR_FILES)}), so it reads text only; "
             "use load_tokenizer, or load_llava_processor to put a vision tower before it"

@@ -95,6 +95,7 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
     # peft keeps the embeddings too where the vocabulary has grown; then they belong to what fits.
     has_embeddings = any(".base_layer." in name for name in weights)
     expected = get_peft_model_state_dict(model, save_embedding_layers=has_embeddings)
+    weights = _named_as_today(weights, expected)
     _compare_tensors(
         expected, weights, f"the adapter in {folder} does not fit this model and adapter config",
         "use the base model, r and target_modules it was trained with",
@@ -137,6 +138,12 @@ def load_model_weights(model: PreTrainedModel, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
+
+
+def _named_as_today(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under transformers 4 a CLIP or SigLIP tower had one level of names more."""
+    today = {name.replace(".vision_model.", ".", 1): value for name, value in weights.items()}
+    return today if set(today) == set(expected) else weights
 
 
 def _compare_adapter_settings(own: dict[str, Any], folder: Path) -> None:
