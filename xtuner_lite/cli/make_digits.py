@@ -101,6 +101,6 @@ def write_digits(
     write_rows(rows.test, files[2], force=force)
     return (
         f"{len(rows.captions)} captions",
-        f"{len(rows.questions)} conversations of three questions",
+        f"{len(rows.questions)} conversations of two questions",
         f"{len(rows.test)} questions about {num_test} other images",
     )

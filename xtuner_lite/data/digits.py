@@ -79,7 +79,7 @@ class DigitRows:
     captions: list[dict[str, Any]]
     """Stage one: an image and its caption, once for each image of the training part."""
     questions: list[dict[str, Any]]
-    """Stage two: an image and its three questions, once for each image of the training part."""
+    """Stage two: an image and two questions, once for each image of the training part."""
     test: list[dict[str, Any]]
     """One question a row, with its ``kind``; the answer is the last turn."""
     digits: dict[str, int]
@@ -140,8 +140,11 @@ def _caption(path: str, digit: int, chooser: random.Random) -> dict[str, Any]:
 
 
 def _conversation(path: str, digit: int, chooser: random.Random) -> dict[str, Any]:
-    """The three questions in any order, each in any of its phrasings."""
-    kinds = chooser.sample(list(KINDS), len(KINDS))
+    """Which digit it is, mostly asked first, and one more question, each in any phrasing."""
+    first, *others = KINDS
+    kinds = [first, chooser.choice(others)]
+    if chooser.random() < 1 / 3:  # the other one is asked of images alone too
+        kinds.reverse()
     asked = [(chooser.choice(KINDS[kind].questions), kind) for kind in kinds]
     return _row(path, path, asked, digit)
 
