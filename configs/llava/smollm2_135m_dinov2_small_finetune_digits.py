@@ -9,7 +9,6 @@ from xtuner_lite.methods.llava import LLaVAModel
 from xtuner_lite.models.llava import load_visual_encoder
 from xtuner_lite.models.loading import load_causal_lm
 from xtuner_lite.models.processors import load_llava_processor
-from xtuner_lite.runner.reply_loops import ReplyValLoop
 
 with read_base():
     from xtuner_lite.configs._base_.default_runtime import *
@@ -37,7 +36,7 @@ model = dict(type=LLaVAModel, **llava, pretrained_pth=pretrained_pth)
 train_set = dict(type=ChatDataset, data=data_path, map_fn="llava", max_length=max_length)
 train_dataloader = dict(batch_size=1, dataset=train_set)  # packed samples per micro-batch
 val_dataloader = dict(batch_size=50, dataset=dict(type=QuestionDataset, data=test_path))
-val_cfg = dict(type=ReplyValLoop, max_new_tokens=12)
+val_cfg = dict(type="ReplyValLoop", max_new_tokens=12)
 
 # 4 Schedule
 optim_wrapper["optimizer"].update(lr=lr)

@@ -8,7 +8,6 @@ from xtuner_lite.methods.llava import LLaVAModel
 from xtuner_lite.models.llava import load_visual_encoder
 from xtuner_lite.models.loading import load_causal_lm
 from xtuner_lite.models.processors import load_llava_processor
-from xtuner_lite.runner.reply_loops import ReplyValLoop
 
 with read_base():
     from xtuner_lite.configs._base_.default_runtime import *
@@ -34,11 +33,11 @@ model = dict(type=LLaVAModel, llm=llm, visual_encoder=tower, **frozen)
 train_set = dict(type=ChatDataset, data=data_path, map_fn="llava_image_only", max_length=max_length)
 train_dataloader = dict(batch_size=1, dataset=train_set)  # packed samples per micro-batch
 val_dataloader = dict(batch_size=50, dataset=dict(type=QuestionDataset, data=test_path, limit=150))
-val_cfg = dict(type=ReplyValLoop, max_new_tokens=12)
+val_cfg = dict(type="ReplyValLoop", max_new_tokens=12)
 
 # 4 Schedule
 optim_wrapper["optimizer"].update(lr=lr)
-train_cfg = dict(max_epochs=1)
+train_cfg = dict(max_iters=300)  # most of the captions, once
 
 # 5 Runtime
 val_evaluator = [dict(type="ExactMatch"), dict(type="ContainsAnswer")]

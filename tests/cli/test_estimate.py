@@ -96,9 +96,6 @@ def test_what_is_refused(project, capsys):
 
 
 def test_a_llava(tmp_path, capsys, monkeypatch):
-    from xtuner_lite.config import load_config
-    from xtuner_lite.runner.estimate import estimate
-
     monkeypatch.chdir(tmp_path)
     save_tiny_llm(tmp_path / "llm")
     save_tiny_dinov2(tmp_path / "tower", image_size=224)
@@ -111,13 +108,6 @@ def test_a_llava(tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "a micro-batch of 1 x 1,024 tokens" in text
     assert "with 4 images of 224 x 224 pixels (256 tokens each), the most that" in text
-    overrides = [tuple(part.split("=")) for part in parts[:-1]] + [("max_length", 1024)]
-    frozen, trained = (
-        estimate(load_config(config, overrides=[*overrides, *more]), device_type="cpu")
-        for more in ([], [("model.freeze_visual_encoder", False)])
-    )
-    assert trained.trainable - frozen.trainable > 20_000  # those of the tower
-    assert trained.table["single"].activations > 1.2 * frozen.table["single"].activations
     assert main([*words, "model.visual_encoder.type=load_causal_lm"]) == 2
     assert "dict(type=load_visual_encoder, path=...)" in capsys.readouterr().err
 

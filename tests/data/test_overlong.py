@@ -145,7 +145,7 @@ def test_earlier_exchanges_are_context_and_not_learnt():
 @pytest.mark.parametrize("limit", [24, 40, 64, 100])
 def test_split_exchanges_at_random_learn_each_answer_once(train_on, limit):
     rng = np.random.default_rng(limit)
-    for _ in range(20):
+    for _ in range(12):
         messages = chat(int(rng.integers(2, 9)), int(rng.integers(1, 12)), bool(rng.integers(2)))
         if rng.integers(2):
             messages[-3]["loss"] = 0.5

@@ -112,7 +112,7 @@ def test_sigterm_saves_and_a_resume_continues(project):
     verify_checkpoint(list_checkpoints(project / "work_dirs" / "cfg")[-1])
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_half_precision_through_the_command_line(project, dtype):
     done = xtuner_lite(
         "train",

@@ -70,6 +70,9 @@ KEYS: dict[tuple[str, ...], tuple[str, ...]] = {
 EXTRA_KEYS: dict[str, tuple[str, ...]] = {
     "optim_wrapper": ("type",),
     "visualizer": ("type", "name"),
+    "train_cfg": ("type",),
+    "val_cfg": ("type",),
+    "test_cfg": ("type",),
     "hooks": ("priority",),
     "param_schedulers": ("convert_to_iter_based",),
 }
