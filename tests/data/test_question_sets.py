@@ -143,6 +143,15 @@ def test_mmbench_with_damaged_base64(tmp_path):
         MMBenchDataset(mmbench(tmp_path, {**CHOICE, "image": "?!"}))
 
 
+def test_mmbench_rows_may_share_an_image(tmp_path):
+    again = {**CHOICE, "index": 1000007, "image": 7}
+    questions = MMBenchDataset(mmbench(tmp_path, CHOICE, again, {**again, "image": 1000007}))
+    images = [questions[place].messages[0]["content"][0]["image"] for place in range(3)]
+    assert images[0] == images[1] == images[2]
+    with pytest.raises(ValueError, match="bench.tsv:2: .*that of the row with index 7, and no row"):
+        MMBenchDataset(mmbench(tmp_path, again, CHOICE))
+
+
 # --------------------------------------------------------------- RefCOCO
 
 PIXELS = {

@@ -194,7 +194,8 @@ class MMBenchDataset(QuestionSet):
     """Multiple choice in MMBench's form: a TSV file with images in base64.
 
     Columns: ``index``, ``question``, ``image``, options ``A`` to ``E`` (empty ones are left out),
-    ``answer`` (a letter), and if it likes ``hint``, ``category`` (the kind) and ``l2-category``.
+    ``answer`` (a letter), and if it likes ``hint``, ``category`` (the kind) and ``l2-category``. An
+    ``image`` may be the index of an earlier row, whose image is meant.
 
     Args:
         data, limit, name: see QuestionSet.
@@ -214,6 +215,7 @@ class MMBenchDataset(QuestionSet):
         name: str | None = None,
     ) -> None:
         self._instruction, self._kind_key = instruction, kind_key
+        self._images: dict[str, str] = {}  # by the index of their row
         super().__init__(data, limit=limit, name=name)
 
     def question_of(self, row: dict[str, Any], place: str) -> Question:
@@ -228,7 +230,8 @@ class MMBenchDataset(QuestionSet):
             )
         lines = [str(row["hint"])] if row.get("hint") else []
         lines += [str(row["question"]), *(f"{letter}. {text}" for letter, text in choices)]
-        image = {"type": "image", "image": f"data:image/jpeg;base64,{row['image']}"}
+        encoded = self._image_of(row)
+        image = {"type": "image", "image": f"data:image/jpeg;base64,{encoded}"}
         text = {"type": "text", "text": "\n" + "\n".join([*lines, self._instruction])}
         kind = row.get(self._kind_key)
         return Question(
@@ -238,6 +241,20 @@ class MMBenchDataset(QuestionSet):
             kind=str(kind) if kind else None,
             choices=choices,
         )
+
+    def _image_of(self, row: dict[str, Any]) -> str:
+        """The image in base64, remembered for rows that name this one's."""
+        image = str(row["image"]).strip()
+        if image.isdigit():
+            if image not in self._images:
+                raise BadRow(
+                    f"its image is that of the row with index {image}, and no row before it has "
+                    "this index; keep the rows of the published file together, in their order"
+                )
+            image = self._images[image]
+        if "index" in row:
+            self._images[str(row["index"])] = image
+        return image
 
 
 @DATASETS.register_module()
