@@ -12,10 +12,11 @@ from typing import Any
 
 import openai
 
+from xtuner_lite.chat.listening import open_socket
 from xtuner_lite.chat.server.app import build_app
 from xtuner_lite.chat.server.model import ServedModel
 from xtuner_lite.chat.server.replies import ReplyLine
-from xtuner_lite.chat.server.run import Server, open_socket
+from xtuner_lite.chat.server.run import Server
 
 USER = [{"role": "user", "content": "Hello"}]
 

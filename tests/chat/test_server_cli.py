@@ -12,8 +12,9 @@ import pytest
 
 from tests.chat.serving import USER
 from tests.tiny import tiny_llama, tiny_tokenizer
-from xtuner_lite.chat.server.run import ServeError, open_socket
+from xtuner_lite.chat.listening import ListenError, open_socket
 from xtuner_lite.cli import serve
+from xtuner_lite.cli.serve import ServeError
 
 CODE = "import sys; from xtuner_lite.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
@@ -32,7 +33,7 @@ def no_key(monkeypatch):
 def test_a_taken_port_is_told_before_torch_is_imported(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ServeError, match=f"port {port} of 127.0.0.1 is taken; give another"):
+        with pytest.raises(ListenError, match=f"port {port} of 127.0.0.1 is taken; give another"):
             open_socket("127.0.0.1", port)
         code = CODE.replace("sys.exit(", "print(").replace(
             "[1:]))", "[1:]), 'torch' in sys.modules)"
@@ -63,9 +64,9 @@ def test_the_key_may_come_from_the_environment(monkeypatch):
 
 
 def test_an_address_of_another_machine():
-    with pytest.raises(ServeError, match="give an address of this machine"):
+    with pytest.raises(ListenError, match="give an address of this machine"):
         run("nothing", "--host", "192.0.2.1", "--api-key", "k", "--port", "0")
-    with pytest.raises(ServeError, match="give an address of this machine"):
+    with pytest.raises(ListenError, match="give an address of this machine"):
         run("nothing", "--host", "no.such.host.invalid")
 
 

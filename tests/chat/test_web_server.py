@@ -13,6 +13,7 @@ from gradio_client import Client
 
 from tests.chat.web_pages import TOKENIZER, Parrot, served
 from tests.tiny import tiny_speaker
+from xtuner_lite.chat.listening import ListenError
 from xtuner_lite.chat.web.answerer import Answerer
 from xtuner_lite.chat.web.guard import MAX_BODY_BYTES
 from xtuner_lite.chat.web.page import ChatPage, PageOptions
@@ -154,7 +155,7 @@ def test_a_password_is_asked_of_everyone():
         ("0.0.0.0", None, True, None),
         ("0.0.0.0", None, False, "--host 0.0.0.0 lets other machines in, and there is no password"),
         ("192.168.1.5", None, False, "give --password"),
-        ("example.org", None, False, "lets other machines in"),
+        ("no.such.host.invalid", None, False, "give an address of this machine"),
         ("0.0.0.0", "", False, "the password is empty"),
         ("0.0.0.0", "word", True, "leave one of them out"),
     ],
@@ -163,8 +164,17 @@ def test_other_machines_come_in_with_a_password_only(host, password, is_open, pr
     if problem is None:
         check_access(host, password, is_open=is_open)
     else:
-        with pytest.raises(WebPageError, match=problem):
+        with pytest.raises(ListenError, match=problem):
             check_access(host, password, is_open=is_open)
+
+
+def test_a_page_without_a_password_answers_to_local_names_only():
+    with served(Parrot()) as (url, _):
+        port = url.rpartition(":")[2]
+        for name, code in [("localhost", 200), ("127.0.0.1", 200), ("evil.example", 403)]:
+            answer = httpx.get(url, headers={"Host": f"{name}:{port}"})
+            assert answer.status_code == code, name
+        assert "start it with --password WORD" in answer.text
 
 
 def test_a_taken_port_is_named():
@@ -175,7 +185,7 @@ def test_a_taken_port_is_named():
         assert failure.value.exit_code == 2
     with pytest.raises(WebPageError, match="allowed: 1 to 65535"):
         listen("127.0.0.1", 70000)
-    with pytest.raises(WebPageError, match="cannot listen on --host 203.0.113.1"):
+    with pytest.raises(ListenError, match="--host 203.0.113.1 .*give an address of this machine"):
         listen("203.0.113.1", None)
 
 

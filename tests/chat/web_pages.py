@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 
 from tests.tiny import tiny_llama, tiny_tokenizer
+from xtuner_lite.chat.listening import local_hosts
 from xtuner_lite.chat.web.answerer import Answerer
 from xtuner_lite.chat.web.page import ChatPage, PageOptions
 from xtuner_lite.chat.web.server import build_app, build_server, listen
@@ -55,7 +56,8 @@ def served(
     """(address, page) of a page that runs until the block ends."""
     page = ChatPage(answerer, PageOptions(bot_name="Parrot", **options))
     listening = listen("127.0.0.1", None)
-    server = build_server(build_app(page, password=password))
+    hosts = None if password else local_hosts("127.0.0.1")
+    server = build_server(build_app(page, password=password, hosts=hosts))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:

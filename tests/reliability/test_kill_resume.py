@@ -30,7 +30,9 @@ def trials(number, strategy, mode, seed=0):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("strategy", "number"), [("single", 20), ("fsdp2", 2)])
+@pytest.mark.parametrize(
+    ("strategy", "number"), [("single", 20), pytest.param("fsdp2", 2, marks=pytest.mark.slow)]
+)
 def test_kills_resume_bit_identically(strategy, number):
     result = trials(number, strategy, "lora")
     assert result["failures"] == []

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from xtuner_lite.cli._model_arguments import add_model_arguments, load_model
-from xtuner_lite.models.sampling import Sampling
+from xtuner_lite.cli._sampling_arguments import add_sampling_arguments, sampling_of
 
 if TYPE_CHECKING:
     from xtuner_lite.chat.batch import BatchRow
     from xtuner_lite.chat.session import ChatSession
+    from xtuner_lite.models.sampling import Sampling
 
 HELP = "talk to a model or an adapter in the terminal"
 
@@ -36,7 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     _add_talk_arguments(parser.add_argument_group("conversation"))
-    _add_sampling_arguments(parser.add_argument_group("replies"))
+    replies = parser.add_argument_group("replies")
+    add_sampling_arguments(replies, temperature=0.0, top_p=1.0)
+    replies.add_argument(
+        "--stop-words",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TEXT",
+        help="a reply ends before the first of these",
+    )
 
 
 def _add_talk_arguments(group: argparse._ArgumentGroup) -> None:
@@ -67,37 +77,6 @@ def _add_talk_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--bot-name", default="bot", metavar="NAME", help="default: bot")
     group.add_argument(
         "--no-streamer", action="store_true", help="show a reply only when it is complete"
-    )
-
-
-def _add_sampling_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--max-new-tokens", type=int, default=512, metavar="N", help="longest reply (default: 512)"
-    )
-    group.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="0 takes the likeliest token (default); 0.7 varies",
-    )
-    group.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (default: 1)"
-    )
-    group.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="sample from K tokens (default: all)"
-    )
-    group.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="default: 1 (none)"
-    )
-    group.add_argument("--seed", type=int, metavar="N", help="seed of the sampling")
-    group.add_argument(
-        "--stop-words",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="TEXT",
-        help="a reply ends before the first of these",
     )
 
 
@@ -136,15 +115,7 @@ def _run(args: argparse.Namespace) -> int:
 def _sampling(args: argparse.Namespace) -> Sampling:
     from xtuner_lite.chat.terminal_output import well_formed
 
-    return Sampling(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        stop_words=tuple(map(well_formed, args.stop_words)),
-    )
+    return sampling_of(args, stop_words=tuple(map(well_formed, args.stop_words)))
 
 
 def _system_prompts() -> dict[str, str]:

@@ -18,6 +18,12 @@ _KEY_VARIABLE = "XTUNER_LITE_API_KEY"
 _TEXT_BYTES, _IMAGE_BYTES = 1 << 20, 20 << 20
 
 
+class ServeError(ValueError):
+    """The server cannot start as it was asked to."""
+
+    exit_code = 2
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``serve``."""
     parser.description = (
@@ -74,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 2
-    from xtuner_lite.chat.server.run import ServeError, is_loopback, open_socket
+    from xtuner_lite.chat.listening import is_loopback, open_socket
 
     api_key = args.api_key if args.api_key is not None else os.environ.get(_KEY_VARIABLE)
     if api_key is not None and not (api_key.isascii() and api_key.strip() == api_key != ""):
@@ -95,6 +101,7 @@ def _serve(args: argparse.Namespace, opened: object, api_key: str | None) -> int
         print(f"loading {args.model} ...", file=sys.stderr)
     model, tokenizer = load_model(args)
 
+    from xtuner_lite.chat.listening import local_hosts
     from xtuner_lite.chat.server.app import build_app
     from xtuner_lite.chat.server.model import ServedModel
     from xtuner_lite.chat.server.replies import ReplyLine
@@ -112,7 +119,7 @@ def _serve(args: argparse.Namespace, opened: object, api_key: str | None) -> int
         max_request_bytes=args.max_request_bytes
         or (_IMAGE_BYTES if served.reads_images else _TEXT_BYTES),
         max_new_tokens=args.max_new_tokens,
-        hosts=None if api_key is not None else {"localhost", "127.0.0.1", "[::1]", args.host},
+        hosts=None if api_key is not None else local_hosts(args.host),
     )
     port = opened.getsockname()[1]
     host = f"[{args.host}]" if ":" in args.host else args.host

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from xtuner_lite.cli._model_arguments import add_model_arguments, load_model
+from xtuner_lite.cli._sampling_arguments import add_sampling_arguments, sampling_of
 from xtuner_lite.models.hub import WHEEL_PREFIX
 from xtuner_lite.models.sampling import Sampling
 
@@ -49,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="longest message (default: 20000)",
     )
-    _add_sampling(parser.add_argument_group("sampling, to start with"))
+    sampling = parser.add_argument_group("sampling, to start with")
+    add_sampling_arguments(sampling, temperature=0.7, top_p=0.9)
     access = parser.add_argument_group("access")
     access.add_argument(
         "--host",
@@ -76,17 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_sampling(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--temperature", type=float, default=0.7, metavar="T", help="default: 0.7")
-    group.add_argument("--top-p", type=float, default=0.9, metavar="P", help="default: 0.9")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0 (all)")
-    group.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="default: 1 (none)"
-    )
-    group.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: 512")
-    group.add_argument("--seed", type=int, metavar="N", help="default: another one each time")
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs ``web-demo``; returns the exit code."""
     from xtuner_lite.chat.web.server import FIRST_PORT, build_app, check_access, listen, serve
@@ -104,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     with listening:
         print(f"loading {args.model} ...", file=sys.stderr)
         model, tokenizer = load_model(args)
+        from xtuner_lite.chat.listening import local_hosts
         from xtuner_lite.chat.web.answerer import Answerer
         from xtuner_lite.chat.web.page import ChatPage, PageOptions
 
@@ -117,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
             max_characters=args.max_characters,
         )
         answerer = Answerer(model, tokenizer)
-        app = build_app(ChatPage(answerer, options), password=args.password)
+        hosts = None if args.password or args.no_password else local_hosts(args.host)
+        app = build_app(ChatPage(answerer, options), password=args.password, hosts=hosts)
         port = listening.getsockname()[1]
         if args.port is None and port != FIRST_PORT:
             print(f"port {FIRST_PORT} is taken; the page is on {port} (--port N chooses one)")
@@ -135,14 +128,7 @@ def _check(args: argparse.Namespace) -> Sampling:
     if args.max_characters < 1:
         raise WebDemoError(f"--max-characters is {args.max_characters}; it must be 1 or more")
     try:
-        return Sampling(
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            repetition_penalty=args.repetition_penalty,
-            seed=args.seed,
-        )
+        return sampling_of(args)
     except ValueError as error:
         raise WebDemoError(str(error)) from error
 

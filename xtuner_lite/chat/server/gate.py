@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
 
+from xtuner_lite.chat.listening import host_name
 from xtuner_lite.chat.server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -27,9 +28,8 @@ class Gate:
         app: what lies behind.
         api_key: what ``Authorization: Bearer`` must carry; None lets everybody in.
         max_request_bytes: largest body.
-        hosts: names that the ``Host`` header may carry, without port; None allows all. Without an
-            API key this keeps web pages out, which may reach a server on this machine under a name
-            of their own (DNS rebinding).
+        hosts: names that the ``Host`` header may carry, without port; None allows all. See
+            listening.local_hosts.
     """
 
     def __init__(
@@ -75,9 +75,8 @@ class Gate:
     def _check_host(self, headers: Headers) -> None:
         if self.hosts is None:
             return
-        host = headers.get("host", "").lower()
-        name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-        if name not in self.hosts:
+        host = headers.get("host", "")
+        if host_name(host) not in self.hosts:
             raise ApiError(
                 403,
                 f"the request names the host {host!r}; without an API key this server answers to "

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
+
+from xtuner_lite.chat.listening import host_name
 
 #: Largest request in bytes; a question with its settings has a few thousand.
 MAX_BODY_BYTES = 4_000_000
@@ -20,6 +23,10 @@ _POLICY = (
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; "
     "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'"
 )
+_OTHER_HOST = (
+    "this page is asked for under another name than {}; open it under one of these, or start it "
+    "with --password WORD, or with --no-password where something else guards it"
+)
 _HEADERS = (
     (b"content-security-policy", _POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
@@ -33,16 +40,25 @@ class Guard:
     Args:
         app: the application behind it.
         takes_pictures: let uploads in, as far as they are not too many.
+        hosts: names that the ``Host`` header may carry, without port; None allows all. See
+            listening.local_hosts.
     """
 
-    def __init__(self, app: Any, *, takes_pictures: bool = False) -> None:
+    def __init__(
+        self, app: Any, *, takes_pictures: bool = False, hosts: Iterable[str] | None = None
+    ) -> None:
         self.app = app
         self.takes_pictures = takes_pictures
+        self.hosts = None if hosts is None else {host.lower() for host in hosts}
         self._uploads: deque[tuple[float, int]] = deque()  # (when, bytes)
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        if self.hosts is not None and host_name(host) not in self.hosts:
+            await _refuse(send, 403, _OTHER_HOST.format(sorted(self.hosts)).encode())
             return
         is_upload = scope["path"].rstrip("/").endswith("/upload")
         if is_upload and not self.takes_pictures:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import hmac
-import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING
 
+from xtuner_lite.chat.listening import (
+    ListenError,
+    PortTaken,
+    is_loopback,
+    listen_on,
+    open_socket,
+)
 from xtuner_lite.chat.web.guard import MAX_UPLOAD_BYTES, Guard
 from xtuner_lite.chat.web.words import WORDS
 
@@ -27,10 +32,8 @@ _NUM_PORTS = 100
 _WRONG_PASSWORD_S = 1.0
 
 
-class WebPageError(ValueError):
+class WebPageError(ListenError):
     """The page cannot be served as it was asked for."""
-
-    exit_code = 2
 
 
 def check_access(host: str, password: str | None, *, is_open: bool = False) -> None:
@@ -53,38 +56,25 @@ def check_access(host: str, password: str | None, *, is_open: bool = False) -> N
         )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches ``host``."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def listen(host: str, port: int | None) -> socket.socket:
     """A socket that listens on ``port``, or on the first free one from 7860 when it is None.
 
     Raises:
-        WebPageError: the port is taken or may not be used, or the host is not this machine's.
+        ListenError: the port is taken or may not be used, or the host is not this machine's.
     """
     if port is not None and not 0 < port < 65536:
         raise WebPageError(f"--port is {port}; allowed: 1 to 65535")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    ports = range(FIRST_PORT, FIRST_PORT + _NUM_PORTS) if port is None else [port]
-    for number in ports:
+    for number in range(FIRST_PORT, FIRST_PORT + _NUM_PORTS) if port is None else [port]:
         try:
-            return socket.create_server((host.strip("[]"), number), family=family, backlog=128)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                continue
-            if error.errno == errno.EACCES:
-                raise WebPageError(
-                    f"port {number} may not be used by this user; give --port 1024 or above"
-                ) from error
-            raise WebPageError(
-                f"cannot listen on --host {host} ({error.strerror or error}); give an address of "
-                "this machine, or leave it out"
-            ) from error
+            opened = open_socket(host, number)
+            try:
+                listen_on(opened)
+            except ListenError:
+                opened.close()
+                raise
+            return opened
+        except PortTaken:
+            continue
     if port is None:
         last = FIRST_PORT + _NUM_PORTS - 1
         raise WebPageError(f"ports {FIRST_PORT} to {last} are all taken; give a free one: --port N")
@@ -94,12 +84,15 @@ def listen(host: str, port: int | None) -> socket.socket:
     )
 
 
-def build_app(page: ChatPage, *, password: str | None = None) -> FastAPI:
+def build_app(
+    page: ChatPage, *, password: str | None = None, hosts: Iterable[str] | None = None
+) -> FastAPI:
     """The web application: the page behind its guard, with nothing else on it.
 
     Args:
         page: what is shown.
         password: what visitors must give, under any name; None lets everyone in.
+        hosts: see Guard.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
@@ -127,7 +120,7 @@ def build_app(page: ChatPage, *, password: str | None = None) -> FastAPI:
         i18n=page.i18n(),
         **page.style(),
     )
-    app.add_middleware(Guard, takes_pictures=page.answerer.reads_images)
+    app.add_middleware(Guard, takes_pictures=page.answerer.reads_images, hosts=hosts)
     return app
 
 
