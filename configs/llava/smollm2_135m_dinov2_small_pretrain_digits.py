@@ -37,7 +37,7 @@ val_cfg = dict(type="ReplyValLoop", max_new_tokens=12)
 
 # 4 Schedule
 optim_wrapper["optimizer"].update(lr=lr)
-train_cfg = dict(max_iters=300)  # most of the captions, once
+train_cfg = dict(max_epochs=1)
 
 # 5 Runtime
 val_evaluator = [dict(type="ExactMatch"), dict(type="ContainsAnswer")]
