@@ -126,6 +126,25 @@ def test_pickled_weights_are_fetched_only_where_there_are_no_others(monkeypatch,
     assert asked == [False]
 
 
+def test_a_llava_in_parts_is_fetched_without_pickles(monkeypatch, tmp_path):
+    """XTuner published folders of folders, without a config.json at the top."""
+    asked = []
+
+    def snapshot_download(name, revision=None, allow_patterns=None, local_files_only=False):
+        if local_files_only:
+            raise ValueError("not cached")
+        asked.append("*.bin" in allow_patterns)
+        for part in ("projector", "llm_adapter"):
+            (tmp_path / part).mkdir(exist_ok=True)
+            (tmp_path / part / "config.json").write_text("{}")
+            (tmp_path / part / "model.safetensors").write_bytes(b"")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert resolve_model_path("xtuner/llava") == tmp_path
+    assert asked == [False]
+
+
 def test_an_unknown_hub(offline):
     with pytest.raises(ValueError, match="hub is 'hf'; allowed: 'huggingface', 'modelscope'"):
         resolve_model_path("owner/tiny", hub="hf")
