@@ -333,7 +333,7 @@ def test_two_processes_build_once(tmp_path, data):
     assert len(entries(tmp_path / "c")) == 1
 
 
-@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("num_proc", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_while_building(tmp_path, num_proc):
     folder = tmp_path / "c"
     data = write(tmp_path / "a.jsonl", num_rows=3000)

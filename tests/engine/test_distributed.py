@@ -109,7 +109,7 @@ init_distributed("pytorch", timeout_s=1)
 """
 
 
-@pytest.mark.parametrize("listens", [True, False])
+@pytest.mark.parametrize("listens", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_first_process_that_does_not_answer(listens):
     with socket.socket() as first:
         first.bind(("127.0.0.1", 0))

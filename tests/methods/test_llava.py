@@ -132,7 +132,7 @@ def test_one_adapter_holds_two_ranks(parts):
     assert not hasattr(tower.self_attn.v_proj, "r")
 
 
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("bits", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_a_quantised_language_model_takes_lora(parts, tmp_path, bits):
     pytest.importorskip("bitsandbytes")
     text = tiny_llama(hidden_size=64, tie_word_embeddings=False)

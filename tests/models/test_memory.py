@@ -79,8 +79,15 @@ def measure(lora, checkpointing, dtype):
     [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)],
     ids=["bf16", "fp32"],
 )
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("lora", "checkpointing"),
+    [
+        pytest.param(None, False, id="full-kept"),
+        pytest.param(LORA, True, id="lora-checkpointed"),
+        pytest.param(None, True, id="full-checkpointed", marks=pytest.mark.slow),
+        pytest.param(LORA, False, id="lora-kept", marks=pytest.mark.slow),
+    ],
+)
 def test_equals_a_real_pass(lora, checkpointing, dtype):
     real = measure(lora, checkpointing, dtype)
     found = trace(skeleton_method(LlamaConfig(**CONFIG), lora=lora, checkpointing=checkpointing),
@@ -176,7 +183,15 @@ LLAVAS = {
 }
 
 
-@pytest.mark.parametrize("kind", LLAVAS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "projector",
+        "adapters",
+        pytest.param("adapter", marks=pytest.mark.slow),
+        pytest.param("whole", marks=pytest.mark.slow),
+    ],
+)
 def test_a_llava_keeps_what_its_own_forward_keeps(kind):
     llm, tower = tiny_llama(num_layers=3), tiny_tower()
     llm.set_attn_implementation("packed_sdpa")
